@@ -1,0 +1,46 @@
+"""Per-token KL estimators between the policy and a reference, and exponentials that cannot overflow.
+
+D = log pi(y) - log pi_ref(y) at the sampled token. Schulman 2020, "Approximating KL divergence".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LINEAR_FROM = 40.0  # e^40 = 2.4e17: past this point exp goes on as its tangent
+KINDS = ("k1", "k2", "k3")
+
+
+def safe_exp(x: Tensor) -> Tensor:
+    """exp(x) for x <= 40; beyond, the tangent e^40 (1 + x - 40).
+
+    Equal to exp wherever fp32 training can use it, finite with a finite gradient of the right sign everywhere else.
+    A clamp would stop the gradient exactly where a policy has strayed farthest.
+    """
+    over = (x - LINEAR_FROM).clamp(min=0.0)
+    return x.clamp(max=LINEAR_FROM).exp() * (1 + over)
+
+
+def safe_expm1(x: Tensor) -> Tensor:
+    """expm1(x) for x <= 40, its tangent beyond."""
+    over = (x - LINEAR_FROM).clamp(min=0.0)
+    return torch.expm1(x.clamp(max=LINEAR_FROM)) + over * torch.exp(x.clamp(max=LINEAR_FROM).detach())
+
+
+def kl_estimate(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """[T] estimate of KL(pi || ref) at each sampled token, differentiable in logprobs.
+
+    k1  D                    unbiased value; its gradient is noise with mean zero: use it in the reward, not the loss
+    k2  D^2 / 2              gradient D: on policy, that of the reverse KL
+    k3  e^-D - 1 + D         unbiased, >= 0; gradient 1 - e^-D: on policy, that of the forward KL (TRL's, GRPO's choice)
+    """
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return 0.5 * d.square()
+    if kind == "k3":
+        # expm1 keeps the digits of small D, where e^-D - 1 + D would cancel to nothing.
+        return safe_expm1(-d) + d
+    raise ValueError(f"kl is {kind!r}; expected one of {', '.join(KINDS)}")

@@ -1,0 +1,381 @@
+"""Checkpoints: whole or not there. checkpoint-N/ is a model directory; training_state/ inside it is the rest.
+
+Commit order: write into a hidden directory -> fsync every file -> manifest with sizes and SHA-256, fsynced -> fsync the
+directories -> rename to checkpoint-N -> fsync the parent -> only then delete what --save_total_limit lets go. A kill at
+any point leaves every earlier checkpoint as it was. Tensors are safetensors, the rest is JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fastrl.train.optim_state import pack_optimizer, unpack_optimizer
+from fastrl.train.rng import rng_state, set_rng_state
+
+FORMAT = 1
+MANIFEST, STATE, INNER, CONFIG = "manifest.json", "trainer_state.json", "training_state", "config_fastrl.yaml"
+TMP_PREFIX, TRASH_PREFIX = ".tmp-checkpoint-", ".trash-checkpoint-"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+ModelSaver = Callable[[Path], Any]
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or the one asked for is missing, damaged or of another run."""
+
+
+@dataclass
+class TrainerState:
+    """Where the run is. Everything here is JSON; `sampler`, `metrics` and `extra` belong to those who fill them.
+
+    step: optimizer steps done. epoch: passes over the data. num_tokens: tokens seen. dataset_fingerprint: of the
+    training data, compared on resume. extra: whatever else must come back (a half-used batch of samples, ...).
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    num_tokens: int = 0
+    stage: str = ""
+    sampler: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    best_metric: float | None = None
+    best_step: int | None = None
+    skipped_steps: int = 0
+    dataset_fingerprint: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """A verified checkpoint. path: loads with from_pretrained. config: the settings it was saved with (redacted)."""
+
+    path: Path
+    state: TrainerState
+    config: dict[str, Any]
+
+    def restore(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        named_parameters: NamedParameters = (),
+        *,
+        generators: dict[str, torch.Generator] | None = None,
+        dataset_fingerprint: str = "",
+    ) -> None:
+        """Put back optimizer state (by parameter name, bitwise) and every random generator. Call it last.
+
+        Raises: CheckpointError listing parameters whose name, shape or dtype differ, or when the data is not the
+        data the run was started with.
+        """
+        saved = self.state.dataset_fingerprint
+        if saved and dataset_fingerprint and saved != dataset_fingerprint:
+            raise CheckpointError(
+                f"{self.path} was trained on other data (fingerprint {saved}, now {dataset_fingerprint}); "
+                "resume with the same dataset, or start anew with --model_name_or_path set to the checkpoint"
+            )
+        inner = self.path / INNER
+        if optimizer is not None:
+            tensors, plain = load_file(inner / "optimizer.safetensors"), _read_json(inner / "optimizer.json")
+            problems = unpack_optimizer(optimizer, named_parameters, tensors, plain)
+            if problems:
+                shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+                raise CheckpointError(f"{self.path} does not fit this model and optimizer:\n  {shown}")
+        set_rng_state(load_file(inner / "rng.safetensors"), _read_json(inner / "rng.json"), generators)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------
+def save_checkpoint(
+    run_path: Path | str,
+    state: TrainerState,
+    model_saver: ModelSaver,
+    optimizer: torch.optim.Optimizer | None = None,
+    named_parameters: NamedParameters = (),
+    *,
+    generators: dict[str, torch.Generator] | None = None,
+    total_limit: int | None = None,
+) -> Path:
+    """Write run_path/checkpoint-<state.step>; returns its path. A complete one of that step is left as it is.
+
+    model_saver(directory) writes the model and tokenizer. Raises: CheckpointError when the disk refuses (earlier
+    checkpoints are untouched and nothing half-written stays); whatever model_saver raises otherwise.
+    """
+    run_path, parameters = Path(run_path), list(named_parameters)
+    target = run_path / f"checkpoint-{state.step}"
+    if is_complete(target):
+        return target
+    _check_space(run_path, optimizer, parameters)
+    tmp = Path(tempfile.mkdtemp(prefix=TMP_PREFIX, dir=run_path))
+    try:
+        model_saver(tmp)
+        _write_training_state(tmp, state, optimizer, parameters, generators)
+        _commit(tmp, target, state.step)
+    except BaseException as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise CheckpointError(f"could not save {target}: {error}; earlier checkpoints are untouched") from error
+        raise
+    _delete_old(run_path, state.step, total_limit)
+    return target
+
+
+def _write_training_state(tmp, state, optimizer, parameters, generators) -> None:
+    inner = tmp / INNER
+    inner.mkdir()
+    if optimizer is not None:
+        tensors, plain = pack_optimizer(optimizer, parameters)
+        save_file(tensors, inner / "optimizer.safetensors")
+        _write_json(inner / "optimizer.json", plain)
+    tensors, plain = rng_state(generators)
+    save_file(tensors, inner / "rng.safetensors")
+    _write_json(inner / "rng.json", plain)
+    _write_json(tmp / STATE, dataclasses.asdict(state))
+    config = tmp.parent / CONFIG
+    if config.exists():
+        shutil.copyfile(config, tmp / CONFIG)
+
+
+def _commit(tmp: Path, target: Path, step: int) -> None:
+    files = {}
+    for path in sorted(p for p in tmp.rglob("*") if p.is_file()):
+        _fsync(path)
+        files[path.relative_to(tmp).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    _write_json(tmp / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+    _fsync(tmp / MANIFEST)
+    for directory in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
+        _fsync(directory)
+    tmp.chmod(0o777 & ~_umask())  # mkdtemp made it private
+    if target.exists():  # an incomplete one: is_complete() said so
+        target.rename(Path(tempfile.mkdtemp(prefix=TRASH_PREFIX, dir=target.parent)) / target.name)
+    os.replace(tmp, target)
+    _fsync(target.parent)
+
+
+def _delete_old(run_path: Path, step: int, total_limit: int | None) -> None:
+    """Drop the oldest beyond the limit. Renamed first, so that a half-deleted one is never mistaken for whole."""
+    kept = [(n, path) for n, path in list_checkpoints(run_path) if n <= step]
+    for _, path in kept[: -total_limit] if total_limit else []:
+        trash = Path(tempfile.mkdtemp(prefix=TRASH_PREFIX, dir=run_path))
+        path.rename(trash / path.name)
+    drop_partials(run_path, TRASH_PREFIX)
+
+
+def _check_space(run_path: Path, optimizer, parameters) -> None:
+    need = sum(p.nbytes for _, p in parameters)
+    for values in optimizer.state.values() if optimizer is not None else ():
+        need += sum(v.nbytes for v in values.values() if isinstance(v, torch.Tensor))
+    free = shutil.disk_usage(run_path).free
+    if free < need:
+        raise CheckpointError(f"could not save in {run_path}: it needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} are free")
+
+
+@dataclass
+class Saver:
+    """Saves on the way without stopping the run for a full disk; `finish` raises if the last save failed.
+
+    save_checkpoint's arguments, fixed once. note: called with a line when a save fails.
+    """
+
+    run_path: Path
+    model_saver: ModelSaver
+    optimizer: torch.optim.Optimizer
+    named_parameters: list[tuple[str, torch.nn.Parameter]]
+    total_limit: int | None = None
+    generators: dict[str, torch.Generator] = field(default_factory=dict)
+    note: Callable[[str], Any] = print
+    failed: CheckpointError | None = None
+
+    def save(self, state: TrainerState) -> Path | None:
+        """The new checkpoint, or None if it could not be written (training goes on; the next save tries again)."""
+        try:
+            path = save_checkpoint(
+                self.run_path,
+                state,
+                self.model_saver,
+                self.optimizer,
+                self.named_parameters,
+                generators=self.generators,
+                total_limit=self.total_limit,
+            )
+        except CheckpointError as error:
+            self.failed = error
+            self.note(f"CHECKPOINT FAILED at step {state.step}: {error}")
+            return None
+        self.failed = None
+        return path
+
+    def finish(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+
+
+def save_final(run_path: Path | str, model_saver: ModelSaver) -> None:
+    """The model into run_path itself. config.json lands last: until then the directory does not load as a model.
+
+    Raises: CheckpointError when the disk refuses.
+    """
+    run_path = Path(run_path)
+    tmp = Path(tempfile.mkdtemp(prefix=TMP_PREFIX, dir=run_path))
+    try:
+        model_saver(tmp)
+        files = sorted(tmp.rglob("*"), key=lambda p: (p.name == "config.json", p.suffix == ".json", p.name))
+        files = [p for p in files if p.is_file()]
+        for path in files:
+            _fsync(path)
+        new = {p.relative_to(tmp).as_posix() for p in files}
+        (run_path / "config.json").unlink(missing_ok=True)
+        for path in files:
+            place = run_path / path.relative_to(tmp)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        for old in run_path.glob("model*.safetensors*"):  # shards of an earlier, differently cut save
+            if old.name not in new:
+                old.unlink()
+        _fsync(run_path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not save the model in {run_path}: {error}") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+# -- finding and loading -----------------------------------------------------------------------------------------
+def list_checkpoints(run_path: Path | str) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint-N directory, complete or not, oldest first."""
+    found = [(int(m[1]), p) for p in Path(run_path).glob("checkpoint-*") if (m := NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found)
+
+
+def is_complete(path: Path) -> bool:
+    """Quick look: the manifest is there and every file in it has its size."""
+    return (path / MANIFEST).is_file() and not _differences(path, hashes=False)
+
+
+def find_checkpoint(run_path: Path | str, resume_from: str, notes: list[str] | None = None) -> Checkpoint | None:
+    """The checkpoint that --resume_from_checkpoint names: a directory, or auto = the newest complete one in run_path.
+
+    auto gives None only if run_path holds no checkpoint at all; damaged ones are passed over and told in `notes`.
+    Raises: CheckpointError for a path that is missing or damaged, and when every checkpoint is damaged.
+    """
+    if resume_from != "auto":
+        return load_checkpoint(resume_from)
+    candidates, notes = list_checkpoints(run_path)[::-1], [] if notes is None else notes
+    for _, path in candidates:
+        problems = _differences(path)
+        if not problems:
+            return _read(path)
+        notes.append(f"passed over {path.name}, it is incomplete or damaged: {problems[0]}")
+    if candidates:
+        raise CheckpointError(f"no checkpoint in {run_path} is whole; not starting again from 0:\n  " + "\n  ".join(notes))
+    return None
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Verify a checkpoint against its manifest (sizes and SHA-256) and read its state.
+
+    Raises: CheckpointError naming what is missing or changed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        near = [p.name for _, p in list_checkpoints(path.parent)] if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise CheckpointError(f"--resume_from_checkpoint {path}: no such directory{hint}")
+    inside = list_checkpoints(path)
+    if inside and not (path / MANIFEST).exists():
+        raise CheckpointError(f"{path} is not a checkpoint; did you mean {inside[-1][1]}?")
+    problems = _differences(path)
+    if problems:
+        raise CheckpointError(f"{path} is incomplete or damaged:\n  " + "\n  ".join(problems[:20]))
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    raw, known = _read_json(path / STATE), {f.name for f in dataclasses.fields(TrainerState)}
+    config = yaml.safe_load((path / CONFIG).read_text()) if (path / CONFIG).exists() else {}
+    return Checkpoint(path, TrainerState(**{k: v for k, v in raw.items() if k in known}), config)
+
+
+def _differences(path: Path, hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint directory; nothing outside it is ever opened."""
+    if not (path / MANIFEST).is_file():
+        return [f"{MANIFEST} is missing"]
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        listed = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read: {error!r}"]
+    if manifest.get("format") != FORMAT:
+        return [f"{MANIFEST} has format {manifest.get('format')!r}, this fastrl reads {FORMAT}"]
+    problems = [] if STATE in listed else [f"{STATE} is not in {MANIFEST}"]
+    for name, (size, digest) in listed.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
+            problems.append(f"{name} points outside the checkpoint")
+        elif not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, {size} were written")
+        elif hashes and _sha256(file) != digest:
+            problems.append(f"{name} has changed since it was written (SHA-256 differs)")
+    return problems
+
+
+def drop_partials(run_path: Path, *prefixes: str) -> list[str]:
+    """Remove what a killed save or deletion left behind. Only for the holder of the directory's lock."""
+    left = [p for prefix in prefixes or (TMP_PREFIX, TRASH_PREFIX) for p in Path(run_path).glob(f"{prefix}*")]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in left]
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file in one step: readers see the old bytes or the new."""
+    handle, tmp = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(tmp, 0o666 & ~_umask())
+    os.replace(tmp, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,312 @@
+"""What each command is told: TrainConfig holds the shared flags, SFTConfig, DPOConfig and GRPOConfig add their own.
+
+Names and defaults follow TRL 1.16 and transformers; where a default differs, its help says why. `flags.py` turns the
+fields into command-line flags and YAML keys and checks types, choices and bounds; `_check` here compares fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fastrl.train.flags import ConfigError, check_fields, flag
+
+INTERVALS = ("no", "steps", "epoch")
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+TRACKERS = ("none", "all", "tensorboard", "wandb")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Flags of every stage. Raises ConfigError (a ValueError) from its constructor."""
+
+    stage: ClassVar[str] = ""
+    unit: ClassVar[str] = "sequences"  # what per_device_train_batch_size counts
+
+    # model
+    model_name_or_path: str = flag("", "Directory (or hub name) of a transformers causal LM and its tokenizer.")
+    model_revision: str = flag("main", "Branch, tag or commit when the model is a hub name.")
+    dtype: str = flag("float32", "Type of the weights; float32 keeps master weights (see bf16).", choices=DTYPES)
+    bf16: bool | None = flag(None, "Compute in bfloat16 over the weights. none: on CUDA yes, on the CPU no.")
+    attn_implementation: str | None = flag(None, "Attention; none picks the fastest packed one that is installed.")
+    gradient_checkpointing: bool = flag(True, "Recompute each layer in the backward pass: less memory, more time.")
+    use_cpu: bool = flag(False, "Train on the CPU even if an accelerator is there.")
+
+    # data
+    dataset_name: str = flag("", "JSONL or parquet file, a directory of them, or a name `datasets` can load.")
+    dataset_config: str | None = flag(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = flag("train", "Split to train on.")
+    dataset_test_split: str = flag("test", "Held-out split to evaluate on (used unless eval_strategy is no).")
+
+    # where and when
+    output_dir: str = flag("", "The model, metrics.jsonl, plots/ and checkpoint-N/ go here.")
+    overwrite_output_dir: bool = flag(False, "Delete the run that is already in output_dir and start again.")
+    resume_from_checkpoint: str | bool | None = flag(
+        None, "A checkpoint directory, or auto (or true): the newest complete one in output_dir, if there is one."
+    )
+    num_train_epochs: float = flag(3.0, "Passes over the training data.", above=0)
+    max_steps: int = flag(-1, "Optimizer steps; overrides num_train_epochs when positive.", at_least=-1)
+    seed: int = flag(42, "Seed of initialisation, data order and sampling.", at_least=0)
+    logging_steps: float = flag(10.0, "Steps between records; below 1, a part of all steps.", above=0)
+    logging_first_step: bool = flag(True, "Also record step 1 (transformers: false): it shows a wrong setup at once.")
+    eval_strategy: str = flag("no", "When to evaluate on the held-out split.", choices=INTERVALS)
+    eval_steps: float | None = flag(None, "Steps between evaluations; none means logging_steps.", above=0)
+    eval_on_start: bool = flag(False, "Evaluate once before the first step.")
+    save_strategy: str = flag("steps", "When to write checkpoint-N/.", choices=INTERVALS)
+    save_steps: float = flag(500.0, "Steps between checkpoints; below 1, a part of all steps.", above=0)
+    save_total_limit: int | None = flag(None, "Keep this many newest checkpoints; none keeps all.", at_least=1)
+    report_to: list[str] = flag(["none"], "Trackers beside metrics.jsonl, which is always written.", choices=TRACKERS)
+    run_name: str | None = flag(None, "Name of the run in the trackers; none means output_dir.")
+
+    # batch
+    per_device_train_batch_size: int = flag(8, "Sequences (pairs, completions) of a batch.", at_least=1)
+    gradient_accumulation_steps: int = flag(
+        1, "Batches of per_device_train_batch_size in one optimizer step, normalised together.", at_least=1
+    )
+    per_device_eval_batch_size: int = flag(8, "Sequences (pairs, prompts) evaluated or sampled at once.", at_least=1)
+    max_tokens_per_device: int = flag(
+        8192,
+        "Tokens packed into one micro-batch. Changes memory, never results; a longer sequence goes alone.",
+        at_least=1,
+    )
+
+    # optimizer
+    learning_rate: float = flag(5e-5, "Peak learning rate.", at_least=0)
+    lr_scheduler_type: str = flag("linear", "Shape after the warmup.", choices=SCHEDULES)
+    warmup_ratio: float = flag(0.0, "Part of all steps spent warming up.", at_least=0, at_most=1)
+    warmup_steps: float = flag(0.0, "Steps spent warming up; below 1, a part of all steps.", at_least=0)
+    weight_decay: float = flag(0.0, "AdamW decay of matrices; never of biases and norms.", at_least=0)
+    adam_beta1: float = flag(0.9, "AdamW.", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW.", at_least=0, below=1)
+    adam_epsilon: float = flag(1e-8, "AdamW.", above=0)
+    max_grad_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 turns clipping off.", at_least=0)
+    max_skipped_steps: int = flag(3, "Stop after this many steps in a row with a non-finite gradient.", at_least=1)
+    debug_checks: bool = flag(False, "Check targets, log-probs and gradients on the host at every micro-batch; slow.")
+
+    def __post_init__(self):
+        if isinstance(self.resume_from_checkpoint, bool) or self.resume_from_checkpoint in ("auto", "true", "True"):
+            self.resume_from_checkpoint = "auto" if self.resume_from_checkpoint else None
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        self.report_to = self.report_to or ["none"]
+        check_fields(self)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("model_name_or_path", "dataset_name", "output_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is required; {self.__dataclass_fields__[name].metadata['help']}")
+        if self.warmup_ratio and self.warmup_steps:
+            both = f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps:g}"
+            raise ConfigError(f"{both} both set the warmup; give one of them")
+        if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
+            raise ConfigError("--lr_scheduler_type constant has no warmup; use constant_with_warmup or drop the warmup")
+        if self.max_steps == 0:
+            raise ConfigError("--max_steps is 0, so nothing would train; give a positive number, or -1 for epochs")
+        if len(self.report_to) > 1 and "none" in self.report_to:
+            raise ConfigError(f"--report_to {' '.join(self.report_to)}: none excludes the others; drop it or them")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            fix = "add --eval_strategy steps or drop --eval_steps"
+            raise ConfigError(f"--eval_steps {self.eval_steps:g} with --eval_strategy {self.eval_strategy}: {fix}")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ConfigError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; give one")
+
+    # -- derived numbers -------------------------------------------------------------------------------------------
+    @property
+    def batch_size(self) -> int:
+        """Sequences (pairs, completions) of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def total_steps(self, steps_per_epoch: float) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
+
+    def every(self, name: str, total_steps: int) -> int:
+        """logging_steps, eval_steps or save_steps as a whole number of steps (a fraction is of total_steps)."""
+        value = getattr(self, name)
+        value = self.logging_steps if value is None else value
+        return max(1, math.ceil(value * total_steps) if value < 1 else int(value))
+
+    def is_due(self, what: str, step: int, total_steps: int, steps_per_epoch: float = math.inf) -> bool:
+        """Is it time to do `what` (logging, eval, save) after `step` steps are done? The last step is always due."""
+        strategy = "steps" if what == "logging" else getattr(self, f"{what}_strategy")
+        if strategy == "no" or step == 0:
+            return False
+        if step == total_steps or (what == "logging" and step == 1 and self.logging_first_step):
+            return True
+        if strategy == "epoch":
+            return math.floor(step / steps_per_epoch) > math.floor((step - 1) / steps_per_epoch)
+        return step % self.every(f"{what}_steps", total_steps) == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by flag name; `type(config)(**config.to_dict())` gives the same config back."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """`fastrl sft`: next-token likelihood of completions, answers or whole texts."""
+
+    stage: ClassVar[str] = "sft"
+    learning_rate: float = flag(2e-5, "Peak learning rate.", at_least=0)
+    max_length: int | None = flag(1024, "Longer sequences lose their end; none cuts nothing.", at_least=2)
+    completion_only_loss: bool | None = flag(
+        None, "Train the completion only (true) or the prompt too (false). none: completion only if there is a prompt."
+    )
+    assistant_only_loss: bool = flag(False, "Train only the assistant's turns of a conversation.")
+    loss_type: str = flag("nll", "The objective.", choices=("nll",))
+
+
+@dataclass(kw_only=True)
+class DPOConfig(TrainConfig):
+    """`fastrl dpo`: preference pairs against a frozen copy of the starting model."""
+
+    stage: ClassVar[str] = "dpo"
+    unit: ClassVar[str] = "pairs"
+    learning_rate: float = flag(1e-6, "Peak learning rate.", at_least=0)
+    max_length: int | None = flag(1024, "Longer sequences lose their end; none cuts nothing.", at_least=2)
+    loss_type: str = flag("sigmoid", "The objective.", choices=("sigmoid",))
+    beta: float = flag(0.1, "Strength of the tie to the reference model.", above=0)
+    label_smoothing: float = flag(0.0, "Assumed part of flipped labels.", at_least=0, below=0.5)
+    disable_dropout: bool = flag(True, "Turn dropout off in the policy and the reference.")
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(TrainConfig):
+    """`fastrl grpo`: sample completions, score them, reinforce those above their group's mean."""
+
+    stage: ClassVar[str] = "grpo"
+    unit: ClassVar[str] = "completions"
+    learning_rate: float = flag(1e-6, "Peak learning rate.", at_least=0)
+
+    # sampling
+    num_generations: int = flag(8, "Completions of each prompt (the group).", at_least=2)
+    num_generations_eval: int = flag(1, "Completions of each held-out prompt (TRL: num_generations).", at_least=1)
+    max_completion_length: int = flag(512, "Most new tokens of a completion.", at_least=1)
+    max_prompt_length: int | None = flag(
+        None, "Longer prompts are dropped and counted. none: what the model's context leaves.", at_least=1
+    )
+    temperature: float = flag(1.0, "Of sampling, and of the log-probs that are trained.", above=0)
+    eval_temperature: float | None = flag(
+        None, "Of sampling held-out prompts; 0 is greedy, none is temperature.", at_least=0
+    )
+    top_p: float = flag(1.0, "Nucleus sampling.", above=0, at_most=1)
+    top_k: int = flag(0, "Sample among the k likeliest; 0 is all.", at_least=0)
+    steps_per_generation: int | None = flag(
+        None, "Batches of per_device_train_batch_size sampled at once; none: gradient_accumulation_steps.", at_least=1
+    )
+    num_iterations: int = flag(1, "Times each sampled batch is trained on.", at_least=1)
+
+    # reward
+    reward_funcs: list[str] = flag([], "Rewards: built-in names, dotted.path, or file.py:name.")
+    reward_weights: list[float] | None = flag(None, "One weight a reward; none means 1 each.")
+    scale_rewards: str | bool = flag(
+        "group", "Divide advantages by the std of the group, of the batch, or not.", choices=("group", "batch", "none")
+    )
+
+    # objective
+    loss_type: str = flag(
+        "dapo", "The objective and its aggregation.", choices=("dapo", "grpo", "dr_grpo", "ppo_clip", "reinforce")
+    )
+    beta: float = flag(0.0, "Weight of the KL to the starting model; 0 needs no reference model.", at_least=0)
+    kl_estimator: str = flag("k3", "Estimator of that KL.", choices=("k1", "k2", "k3"))
+    epsilon: float = flag(0.2, "The ratio is clipped below 1 - epsilon (and above 1 + epsilon_high).", above=0)
+    epsilon_high: float | None = flag(None, "Upper clip; none means epsilon. DAPO recommends 0.28.", above=0)
+    delta: float | None = flag(None, "Dual clip: bound on the ratio where the advantage is negative.", above=0)
+    entropy_coef: float = flag(0.0, "Weight of the entropy bonus, with its true gradient.")
+    mask_truncated_completions: bool = flag(False, "Do not train completions that were cut at the length limit.")
+    disable_dropout: bool = flag(True, "Dropout off (TRL: false), so that the first step's ratio is exactly 1.")
+
+    def __post_init__(self):
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [self.reward_funcs]
+        super().__post_init__()
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.reward_funcs:
+            raise ConfigError("--reward_funcs is required; give built-in names, dotted.path or file.py:name")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            n, m = len(self.reward_weights), len(self.reward_funcs)
+            raise ConfigError(f"--reward_weights has {n} numbers for {m} reward_funcs; give one for each")
+        self._check_groups()
+        if self.delta is not None and self.delta <= 1 + self.clip_high:
+            bound = f"1 + epsilon_high = {1 + self.clip_high:g}"
+            raise ConfigError(f"--delta {self.delta:g} must be above {bound}; raise it, or drop it for no dual clip")
+        if self.top_p < 1 or self.top_k > 0:
+            # log pi over the kept tokens is not log pi over the vocabulary: every ratio is off by log(kept mass).
+            raise ConfigError(
+                f"--top_p {self.top_p:g} --top_k {self.top_k}: training needs samples of the whole distribution "
+                "(a cut one biases every ratio); use --top_p 1 --top_k 0 and shape it with --temperature"
+            )
+
+    def _check_groups(self) -> None:
+        g, a = self.num_generations, self.gradient_accumulation_steps
+        shown = f"{self.per_device_train_batch_size} x {a}"
+        if self.batch_size % g:
+            fix = f"make their product a multiple of {g}, such as {max(1, round(self.batch_size / g)) * g}"
+            raise ConfigError(
+                f"--per_device_train_batch_size x --gradient_accumulation_steps = {shown} completions a step is not "
+                f"a whole number of groups of --num_generations {g}; {fix}"
+            )
+        if self.steps_per_generation is None:
+            self.steps_per_generation = a
+        if self.steps_per_generation % a:
+            raise ConfigError(
+                f"--steps_per_generation {self.steps_per_generation} must be a multiple of "
+                f"--gradient_accumulation_steps {a}, so that what is sampled fills whole optimizer steps"
+            )
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts whose completions make one optimizer step."""
+        return self.batch_size // self.num_generations
+
+    @property
+    def completions_per_generation(self) -> int:
+        """Completions sampled at once."""
+        return self.per_device_train_batch_size * self.steps_per_generation
+
+    @property
+    def updates_per_generation(self) -> int:
+        """Optimizer steps between two samplings."""
+        return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
+
+    @property
+    def clip_low(self) -> float:
+        return self.epsilon
+
+    @property
+    def clip_high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+CONFIGS = {cls.stage: cls for cls in (SFTConfig, DPOConfig, GRPOConfig)}
+
+# Flags of other trainers that have no counterpart here -> what to do instead.
+FOREIGN = {
+    "trust_remote_code": "fastrl never runs code that comes with a model; use an architecture transformers knows",
+    "packing": "sequences are always packed without padding; drop it",
+    "packing_strategy": "sequences are always packed whole; drop it",
+    "padding_free": "there is never any padding; drop it",
+    "pad_to_multiple_of": "there is never any padding; drop it",
+    "use_liger_kernel": "the fused head is always on; drop it",
+    "generation_batch_size": "use --steps_per_generation",
+    "max_tokens_per_gpu": "use --max_tokens_per_device",
+    "max_seq_length": "use --max_length",
+    "evaluation_strategy": "use --eval_strategy",
+    "torch_dtype": "use --dtype",
+    "fp16": "use --bf16, or --dtype float32",
+    "optim": "the optimizer is AdamW; drop it",
+    "use_vllm": "sampling is by transformers' generation; drop it",
+    "use_peft": "all weights are trained; adapters are not supported yet",
+    "load_in_4bit": "quantised weights are not supported yet",
+    "load_in_8bit": "quantised weights are not supported yet",
+    "label_smoothing_factor": "use --label_smoothing (dpo)",
+    "push_to_hub": "nothing is uploaded; push output_dir with `hf upload`",
+}
