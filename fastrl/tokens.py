@@ -104,7 +104,9 @@ class TokenBatch:
     def _check(self, name: str, size: int, letter: str) -> None:
         value = getattr(self, name)
         if value is not None and (value.dim() != 1 or value.shape[0] != size):
-            raise ValueError(f"{name} must be [{letter}={size}] to match targets and cu_seqlens, got {list(value.shape)}")
+            raise ValueError(
+                f"{name} must be [{letter}={size}] to match targets and cu_seqlens, got {list(value.shape)}"
+            )
 
     # -- shape of the pack ---------------------------------------------------------------------------------------
     @property

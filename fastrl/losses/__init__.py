@@ -36,7 +36,9 @@ def get(name: str, **numbers):
     known = [f.name for f in dataclasses.fields(TABLE[name])]
     for key in numbers:
         if key not in known:
-            raise ValueError(f"loss {name!r} has no option {key!r}{_nearest(key, known)}; it has: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"loss {name!r} has no option {key!r}{_nearest(key, known)}; it has: {', '.join(known) or 'none'}"
+            )
     return TABLE[name](**numbers)
 
 

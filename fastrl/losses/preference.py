@@ -14,7 +14,9 @@ from fastrl.tokens import TokenBatch, TokenStats, segment_sum
 def pairs(per_sequence: Tensor) -> tuple[Tensor, Tensor]:
     """[S] -> chosen [P], rejected [P]."""
     if per_sequence.shape[0] % 2:
-        raise ValueError(f"pairs are interleaved chosen, rejected: the batch has an odd {per_sequence.shape[0]} sequences")
+        raise ValueError(
+            f"pairs are interleaved chosen, rejected: the batch has an odd {per_sequence.shape[0]} sequences"
+        )
     return per_sequence[0::2], per_sequence[1::2]
 
 
@@ -43,7 +45,9 @@ class DPO:
         if self.reference_free:
             return segment_sum(stats.logprobs, batch)
         if batch.ref_logprobs is None:
-            raise ValueError("dpo needs batch.ref_logprobs [T]; got None (score with the reference or reference_free=True)")
+            raise ValueError(
+                "dpo needs batch.ref_logprobs [T]; got None (score with the reference or reference_free=True)"
+            )
         return segment_sum(stats.logprobs - batch.ref_logprobs, batch)
 
     def __call__(self, stats: TokenStats, batch: TokenBatch) -> Tensor:  # [P]

@@ -20,15 +20,21 @@ def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
             f"hidden is {list(hidden.shape)} but weight is {list(weight.shape)}; expected [..., H] and [V, H] with one H"
         )
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets is {list(targets.shape)} but hidden is {list(hidden.shape)}; expected one target per row")
+        raise ValueError(
+            f"targets is {list(targets.shape)} but hidden is {list(hidden.shape)}; expected one target per row"
+        )
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets must be int32 or int64, got {targets.dtype}; cast it with .long()")
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise TypeError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
     if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast")
+        raise ValueError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or run under torch.autocast"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {list(bias.shape)} but weight is {list(weight.shape)}; expected [V={weight.shape[0]}]")
+        raise ValueError(
+            f"bias is {list(bias.shape)} but weight is {list(weight.shape)}; expected [V={weight.shape[0]}]"
+        )
     for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} but hidden is on {hidden.device}; move one of them")
@@ -54,7 +60,9 @@ def head_spec(weight: Tensor, bias, temperature, logit_scale: float, softcap: fl
         temperature = float(temperature)
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
-            raise ValueError("temperature has requires_grad=True, but no gradient flows to it; pass temperature.detach()")
+            raise ValueError(
+                "temperature has requires_grad=True, but no gradient flows to it; pass temperature.detach()"
+            )
         if temperature.shape != hidden.shape[:-1]:
             raise ValueError(
                 f"temperature is {list(temperature.shape)} but hidden is {list(hidden.shape)}; expected a float or one per row"

@@ -93,7 +93,12 @@ def fused_loss(
 
 
 def loss_from_logprobs(
-    objective: Objective, stats_or_logprobs: TokenStats | Tensor, batch: TokenBatch, *, aggregate=None, ignore_index=-100
+    objective: Objective,
+    stats_or_logprobs: TokenStats | Tensor,
+    batch: TokenBatch,
+    *,
+    aggregate=None,
+    ignore_index=-100,
 ) -> LossOutput:
     """The same law for trainers that already have log-probs: [T] tensor or TokenStats, differentiable as given."""
     stats = stats_or_logprobs

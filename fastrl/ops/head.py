@@ -42,7 +42,7 @@ class Saved:
     logprobs: Tensor
     entropy: Tensor | None = None
 
-    def at_rows(self, rows: Tensor) -> Saved:
+    def at_rows(self, rows: slice | Tensor) -> Saved:
         entropy = None if self.entropy is None else self.entropy[rows]
         return Saved(self.max[rows], self.log_sum[rows], self.logprobs[rows], entropy)
 

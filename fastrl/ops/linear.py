@@ -176,7 +176,9 @@ class _LinearStatistics(torch.autograd.Function):
     def backward(ctx, *upstream):
         hidden, weight, bias, targets, top, log_sum, logprobs, entropy = ctx.saved_tensors
         call, acc = ctx.call, accumulation_dtype(hidden.dtype)
-        given = {n: g.to(acc) for n, g in zip(call.outputs, upstream, strict=True) if g is not None and n in DIFFERENTIABLE}
+        given = {
+            n: g.to(acc) for n, g in zip(call.outputs, upstream, strict=True) if g is not None and n in DIFFERENTIABLE
+        }
         if not given:
             return None, None, None, None, None
         needs = tuple(ctx.needs_input_grad[:3])

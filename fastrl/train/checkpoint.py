@@ -8,8 +8,6 @@ any point leaves every earlier checkpoint as it was. Tensors are safetensors, th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,13 +22,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fastrl.train.durable import MANIFEST, differences, fsync, read_json, umask, write_json, write_manifest
 from fastrl.train.optim_state import pack_optimizer, unpack_optimizer
 from fastrl.train.rng import rng_state, set_rng_state
 
 FORMAT = 1
-MANIFEST, STATE, INNER, CONFIG = "manifest.json", "trainer_state.json", "training_state", "config_fastrl.yaml"
+STATE, INNER, CONFIG = "trainer_state.json", "training_state", "config_fastrl.yaml"
 TMP_PREFIX, TRASH_PREFIX = ".tmp-checkpoint-", ".trash-checkpoint-"
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-\d+")
 
 ModelSaver = Callable[[Path], Any]
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
@@ -90,12 +89,17 @@ class Checkpoint:
             )
         inner = self.path / INNER
         if optimizer is not None:
-            tensors, plain = load_file(inner / "optimizer.safetensors"), _read_json(inner / "optimizer.json")
+            tensors, plain = load_file(inner / "optimizer.safetensors"), read_json(inner / "optimizer.json")
             problems = unpack_optimizer(optimizer, named_parameters, tensors, plain)
             if problems:
-                shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-                raise CheckpointError(f"{self.path} does not fit this model and optimizer:\n  {shown}")
-        set_rng_state(load_file(inner / "rng.safetensors"), _read_json(inner / "rng.json"), generators)
+                raise CheckpointError(f"{self.path} does not fit this model and optimizer:{listed(problems)}")
+        set_rng_state(load_file(inner / "rng.safetensors"), read_json(inner / "rng.json"), generators)
+
+
+def listed(problems: list[str], most: int = 20) -> str:
+    """Indented lines for the end of a message."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  {line}" for line in [*problems[:most], *more])
 
 
 # -- saving ------------------------------------------------------------------------------------------------------
@@ -139,36 +143,29 @@ def _write_training_state(tmp, state, optimizer, parameters, generators) -> None
     if optimizer is not None:
         tensors, plain = pack_optimizer(optimizer, parameters)
         save_file(tensors, inner / "optimizer.safetensors")
-        _write_json(inner / "optimizer.json", plain)
+        write_json(inner / "optimizer.json", plain)
     tensors, plain = rng_state(generators)
     save_file(tensors, inner / "rng.safetensors")
-    _write_json(inner / "rng.json", plain)
-    _write_json(tmp / STATE, dataclasses.asdict(state))
+    write_json(inner / "rng.json", plain)
+    write_json(tmp / STATE, dataclasses.asdict(state))
     config = tmp.parent / CONFIG
     if config.exists():
         shutil.copyfile(config, tmp / CONFIG)
 
 
 def _commit(tmp: Path, target: Path, step: int) -> None:
-    files = {}
-    for path in sorted(p for p in tmp.rglob("*") if p.is_file()):
-        _fsync(path)
-        files[path.relative_to(tmp).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    _write_json(tmp / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-    _fsync(tmp / MANIFEST)
-    for directory in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
-        _fsync(directory)
-    tmp.chmod(0o777 & ~_umask())  # mkdtemp made it private
+    write_manifest(tmp, {"format": FORMAT, "step": step})
+    tmp.chmod(0o777 & ~umask())  # mkdtemp made it private
     if target.exists():  # an incomplete one: is_complete() said so
         target.rename(Path(tempfile.mkdtemp(prefix=TRASH_PREFIX, dir=target.parent)) / target.name)
     os.replace(tmp, target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _delete_old(run_path: Path, step: int, total_limit: int | None) -> None:
     """Drop the oldest beyond the limit. Renamed first, so that a half-deleted one is never mistaken for whole."""
-    kept = [(n, path) for n, path in list_checkpoints(run_path) if n <= step]
-    for _, path in kept[: -total_limit] if total_limit else []:
+    whole = [path for n, path in list_checkpoints(run_path) if n <= step and is_complete(path)]
+    for path in whole[:-total_limit] if total_limit else []:
         trash = Path(tempfile.mkdtemp(prefix=TRASH_PREFIX, dir=run_path))
         path.rename(trash / path.name)
     drop_partials(run_path, TRASH_PREFIX)
@@ -180,7 +177,8 @@ def _check_space(run_path: Path, optimizer, parameters) -> None:
         need += sum(v.nbytes for v in values.values() if isinstance(v, torch.Tensor))
     free = shutil.disk_usage(run_path).free
     if free < need:
-        raise CheckpointError(f"could not save in {run_path}: it needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} are free")
+        sizes = f"{need / 2**20:.0f} MiB are needed, {free / 2**20:.0f} are free"
+        raise CheckpointError(f"could not save in {run_path}: {sizes}")
 
 
 @dataclass
@@ -235,7 +233,7 @@ def save_final(run_path: Path | str, model_saver: ModelSaver) -> None:
         files = sorted(tmp.rglob("*"), key=lambda p: (p.name == "config.json", p.suffix == ".json", p.name))
         files = [p for p in files if p.is_file()]
         for path in files:
-            _fsync(path)
+            fsync(path)
         new = {p.relative_to(tmp).as_posix() for p in files}
         (run_path / "config.json").unlink(missing_ok=True)
         for path in files:
@@ -245,7 +243,7 @@ def save_final(run_path: Path | str, model_saver: ModelSaver) -> None:
         for old in run_path.glob("model*.safetensors*"):  # shards of an earlier, differently cut save
             if old.name not in new:
                 old.unlink()
-        _fsync(run_path)
+        fsync(run_path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not save the model in {run_path}: {error}") from error
     finally:
@@ -255,13 +253,13 @@ def save_final(run_path: Path | str, model_saver: ModelSaver) -> None:
 # -- finding and loading -----------------------------------------------------------------------------------------
 def list_checkpoints(run_path: Path | str) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint-N directory, complete or not, oldest first."""
-    found = [(int(m[1]), p) for p in Path(run_path).glob("checkpoint-*") if (m := NAME.fullmatch(p.name)) and p.is_dir()]
-    return sorted(found)
+    places = [p for p in Path(run_path).glob("checkpoint-*") if NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted((int(p.name.partition("-")[2]), p) for p in places)
 
 
 def is_complete(path: Path) -> bool:
     """Quick look: the manifest is there and every file in it has its size."""
-    return (path / MANIFEST).is_file() and not _differences(path, hashes=False)
+    return not _problems(path, hashes=False)
 
 
 def find_checkpoint(run_path: Path | str, resume_from: str, notes: list[str] | None = None) -> Checkpoint | None:
@@ -274,12 +272,12 @@ def find_checkpoint(run_path: Path | str, resume_from: str, notes: list[str] | N
         return load_checkpoint(resume_from)
     candidates, notes = list_checkpoints(run_path)[::-1], [] if notes is None else notes
     for _, path in candidates:
-        problems = _differences(path)
+        problems = _problems(path)
         if not problems:
             return _read(path)
         notes.append(f"passed over {path.name}, it is incomplete or damaged: {problems[0]}")
     if candidates:
-        raise CheckpointError(f"no checkpoint in {run_path} is whole; not starting again from 0:\n  " + "\n  ".join(notes))
+        raise CheckpointError(f"no checkpoint in {run_path} is whole; not starting again from 0:{listed(notes)}")
     return None
 
 
@@ -296,86 +294,28 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     inside = list_checkpoints(path)
     if inside and not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} is not a checkpoint; did you mean {inside[-1][1]}?")
-    problems = _differences(path)
+    problems = _problems(path)
     if problems:
-        raise CheckpointError(f"{path} is incomplete or damaged:\n  " + "\n  ".join(problems[:20]))
+        raise CheckpointError(f"{path} is incomplete or damaged:{listed(problems)}")
     return _read(path)
 
 
 def _read(path: Path) -> Checkpoint:
-    raw, known = _read_json(path / STATE), {f.name for f in dataclasses.fields(TrainerState)}
+    raw, known = read_json(path / STATE), {f.name for f in dataclasses.fields(TrainerState)}
     config = yaml.safe_load((path / CONFIG).read_text()) if (path / CONFIG).exists() else {}
     return Checkpoint(path, TrainerState(**{k: v for k, v in raw.items() if k in known}), config)
 
 
-def _differences(path: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint directory; nothing outside it is ever opened."""
-    if not (path / MANIFEST).is_file():
-        return [f"{MANIFEST} is missing"]
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        listed = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST} cannot be read: {error!r}"]
-    if manifest.get("format") != FORMAT:
-        return [f"{MANIFEST} has format {manifest.get('format')!r}, this fastrl reads {FORMAT}"]
-    problems = [] if STATE in listed else [f"{STATE} is not in {MANIFEST}"]
-    for name, (size, digest) in listed.items():
-        file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
-            problems.append(f"{name} points outside the checkpoint")
-        elif not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes, {size} were written")
-        elif hashes and _sha256(file) != digest:
-            problems.append(f"{name} has changed since it was written (SHA-256 differs)")
-    return problems
+def _problems(path: Path, hashes: bool = True) -> list[str]:
+    return differences(path, {"format": FORMAT}, required=(STATE,), hashes=hashes)
 
 
 def drop_partials(run_path: Path, *prefixes: str) -> list[str]:
     """Remove what a killed save or deletion left behind. Only for the holder of the directory's lock."""
-    left = [p for prefix in prefixes or (TMP_PREFIX, TRASH_PREFIX) for p in Path(run_path).glob(f"{prefix}*")]
+    left = [p for prefix in prefixes or (".tmp-", ".trash-") for p in Path(run_path).glob(f"{prefix}*")]
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return [path.name for path in left]
-
-
-# -- files -------------------------------------------------------------------------------------------------------
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file in one step: readers see the old bytes or the new."""
-    handle, tmp = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.chmod(tmp, 0o666 & ~_umask())
-    os.replace(tmp, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text())

@@ -41,6 +41,10 @@ class TrainConfig:
     dataset_train_split: str = flag("train", "Split to train on.")
     dataset_test_split: str = flag("test", "Held-out split to evaluate on (used unless eval_strategy is no).")
 
+    max_dropped_fraction: float = flag(
+        0.5, "Stop when more than this part of the rows does not fit.", at_least=0, at_most=1
+    )
+
     # where and when
     output_dir: str = flag("", "The model, metrics.jsonl, plots/ and checkpoint-N/ go here.")
     overwrite_output_dir: bool = flag(False, "Delete the run that is already in output_dir and start again.")
@@ -152,7 +156,14 @@ class SFTConfig(TrainConfig):
 
     stage: ClassVar[str] = "sft"
     learning_rate: float = flag(2e-5, "Peak learning rate.", at_least=0)
-    max_length: int | None = flag(1024, "Longer sequences lose their end; none cuts nothing.", at_least=2)
+    max_length: int | None = flag(
+        1024, "Longest sequence (prompt + completion); none: the model's context. See truncation.", at_least=2
+    )
+    truncation: str = flag(
+        "drop",
+        "Longer sequences: drop leaves them out, counted and listed (TRL cuts silently); keep_start cuts their end.",
+        choices=("drop", "keep_start"),
+    )
     completion_only_loss: bool | None = flag(
         None, "Train the completion only (true) or the prompt too (false). none: completion only if there is a prompt."
     )
@@ -167,7 +178,14 @@ class DPOConfig(TrainConfig):
     stage: ClassVar[str] = "dpo"
     unit: ClassVar[str] = "pairs"
     learning_rate: float = flag(1e-6, "Peak learning rate.", at_least=0)
-    max_length: int | None = flag(1024, "Longer sequences lose their end; none cuts nothing.", at_least=2)
+    max_length: int | None = flag(
+        1024, "Longest sequence (prompt + completion); none: the model's context. See truncation.", at_least=2
+    )
+    truncation: str = flag(
+        "drop",
+        "Longer sequences: drop leaves them out, counted and listed (TRL cuts silently); keep_start cuts their end.",
+        choices=("drop", "keep_start"),
+    )
     loss_type: str = flag("sigmoid", "The objective.", choices=("sigmoid",))
     beta: float = flag(0.1, "Strength of the tie to the reference model.", above=0)
     label_smoothing: float = flag(0.0, "Assumed part of flipped labels.", at_least=0, below=0.5)

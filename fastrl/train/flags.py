@@ -79,8 +79,9 @@ def from_text(cls: type, name: str, words: list[str]) -> Any:
     """The words that followed --name on the command line, as a value of the field's type."""
     allowed = field_types(cls)[name]
     many = next((t for t in allowed if typing.get_origin(t) is list), None)
-    if many is not None:
-        return [number(w, float) if many == list[float] else w for w in words]
+    if many is not None and not (type(None) in allowed and words in (["none"], ["null"])):
+        numbers = [number(w, float) if many == list[float] else None for w in words]
+        return [w if n is None else n for w, n in zip(words, numbers, strict=True)]
     if not words and bool in allowed:
         return True
     if len(words) != 1:

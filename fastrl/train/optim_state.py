@@ -22,7 +22,7 @@ def pack_optimizer(
         members = []
         for p in group["params"]:
             if id(p) not in names:
-                raise ValueError(f"the optimizer holds a parameter of shape {list(p.shape)} that named_parameters lacks")
+                raise ValueError(f"the optimizer holds a {list(p.shape)} parameter that named_parameters lacks")
             name = names[id(p)]
             members.append(name)
             parameters[name] = _describe(p)

@@ -28,9 +28,9 @@ from fastrl.train.checkpoint import (
     drop_partials,
     find_checkpoint,
     list_checkpoints,
-    write_durably,
 )
 from fastrl.train.config import TrainConfig
+from fastrl.train.durable import write_durably
 from fastrl.train.flags import ConfigError
 
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", ".fastrl.lock"

@@ -1,0 +1,155 @@
+"""What every benchmark shares: a record of the machine, alternating rounds, honest peak memory, a JSON file.
+
+Peak memory on the CPU is the process's own high-water mark (VmHWM), set back to the present size through
+/proc/self/clear_refs just before the measured call. It sees everything the call really makes resident: tensors, autograd
+buffers and the GEMM library's packing buffers alike. It is taken in a process of its own for each contender, so that no
+allocator state is inherited. Where /proc cannot do that (macOS), peak_mib is None rather than a guess.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MIB = 1 << 20
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger_kernel", "datasets")
+
+if importlib.util.find_spec("fastrl") is None:  # not installed: run from the checkout
+    sys.path.insert(0, str(ROOT))
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs to judge or repeat a number."""
+    return {
+        "device": device_name(device),
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "fastrl", "kernels", "csrc", "bench/*.py")),
+    }
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    wide = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else platform.machine()
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {wide}"
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    return importlib.metadata.version(package.replace("_", "-"))
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(("git", *args), cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def alternate(calls: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` times: A B C, A B C, ... so that a slow minute hits all alike. One warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            synchronize(device)
+            began = time.perf_counter()
+            result = call()
+            synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+            del result
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    return {
+        "median_s": round(statistics.median(seconds), 4),
+        "min_s": round(min(seconds), 4),
+        "all_s": [round(s, 4) for s in seconds],
+    }
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+def resident_mib(field: str = "VmRSS") -> float:
+    """VmRSS (now) or VmHWM (highest since the last reset) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"/proc/self/status has no {field}; expected VmRSS or VmHWM on Linux")
+
+
+def settle() -> float | None:
+    """Give freed memory back to the system, set the high-water mark to the present size; returns that size in MiB."""
+    gc.collect()
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mib()
+
+
+def extra_peak_mib(call: Callable[[], Any], device: str = "cpu") -> tuple[float | None, Any]:
+    """(peak of `call` over what was there before, its result). The result is alive at the peak, so it counts."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB, result
+    before = settle()
+    result = call()
+    return (None if before is None else resident_mib("VmHWM") - before), result
+
+
+# -- subprocesses and files --------------------------------------------------------------------------------------------
+def in_subprocess(script: str, arguments: list[str], threads: int) -> dict[str, Any]:
+    """Run `script arguments` in a fresh process; its last line of output is a JSON object."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env={**os.environ, **limits, **quiet}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_json(name: str, record: dict[str, Any], out: str | None = None) -> Path:
+    """bench/results/<name>.json, or `out`."""
+    path = Path(out) if out else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

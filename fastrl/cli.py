@@ -1,0 +1,148 @@
+"""The `fastrl` command: sft, dpo, grpo, quickstart, doctor. Torch loads only once there is something to train."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+
+import fastrl
+from fastrl.train.config import CONFIGS, FOREIGN
+from fastrl.train.flags import ConfigError, help_text, nearest, parse
+
+USAGE = """\
+fastrl: post-training of language models; logits never formed
+
+  fastrl sft   --model_name_or_path M --dataset_name D --output_dir O   likelihood of completions
+  fastrl dpo   --model_name_or_path M --dataset_name D --output_dir O   preference pairs
+  fastrl grpo  --model_name_or_path M --dataset_name D --output_dir O --reward_funcs F ...
+                                                                        sampled, scored, reinforced
+  fastrl quickstart [--short]     a small model learns arithmetic: SFT, then GRPO, with plots
+  fastrl doctor                   versions, devices, optional packages
+  fastrl COMMAND --help           every flag with its default
+  fastrl --version
+
+Flags: --name value, --name=value, or name: value in a YAML file given as --config; the command line wins.
+FASTRL_DEBUG=1 shows tracebacks.
+"""
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. 2: what was asked for cannot be done, and the message says why."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return dispatch(argv)
+    except KeyboardInterrupt:
+        print("fastrl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("FASTRL_DEBUG") == "1" or not is_ours(error):
+            raise
+        print(f"fastrl: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def is_ours(error: BaseException) -> bool:
+    """Errors whose type fastrl defines, and those it raises of python's input-error types, are for the user to read."""
+    if type(error).__module__.split(".")[0] == "fastrl":
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return isinstance(error, (ValueError, TypeError, FileNotFoundError)) and raised_in.split(".")[0] == "fastrl"
+
+
+def dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    command, *rest = argv
+    if command in ("-V", "--version"):
+        print(f"fastrl {fastrl.__version__}")
+        return 0
+    if command in CONFIGS:
+        return train(command, rest)
+    if command in COMMANDS:
+        return COMMANDS[command](rest)
+    near = nearest(command, [*CONFIGS, *COMMANDS])
+    raise ConfigError(f"{command!r} is not a command of fastrl (see fastrl --help){near}")
+
+
+def train(command: str, argv: list[str]) -> int:
+    cls = CONFIGS[command]
+    if "--help" in argv or "-h" in argv:
+        print(f"fastrl {command}: {(cls.__doc__ or '').partition(': ')[2]}\n\n{help_text(cls)}")
+        return 0
+    config = parse(cls, argv, FOREIGN)
+    from fastrl.train import run
+
+    result = run(config)
+    if getattr(result, "interrupted", False):
+        return 128 + 15
+    print(f"{config.output_dir}: {result.steps} steps; loads with from_pretrained", file=sys.stderr)
+    return 0
+
+
+def quickstart(argv: list[str]) -> int:
+    return importlib.import_module("fastrl.quickstart").main(argv)
+
+
+def doctor(argv: list[str]) -> int:
+    """What this machine has. Exit code 1 if something that fastrl needs is missing."""
+    if argv:
+        raise ConfigError(f"fastrl doctor takes no arguments, got {' '.join(argv)}")
+    print(f"fastrl        {fastrl.__version__}\npython        {platform.python_version()} on {platform.platform()}")
+    missing = [name for name in NEEDED if not _report(name, "MISSING")]
+    for name, use in OPTIONAL.items():
+        _report(name, f"not installed ({use})")
+    _devices()
+    free = shutil.disk_usage(".").free / 2**30
+    print(f"disk          {free:.1f} GiB free here")
+    if missing:
+        print(f"\nneeded and missing: pip install {' '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+NEEDED = ("torch", "transformers", "safetensors", "pyyaml", "rich", "datasets", "matplotlib", "numpy")
+OPTIONAL = {
+    "triton": "fused kernels on a GPU",
+    "flash-attn": "packed attention on a GPU; torch's own is used without it",
+    "tensorboard": "--report_to tensorboard",
+    "wandb": "--report_to wandb",
+    "trl": "bench/",
+    "liger-kernel": "bench/",
+}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"quickstart": quickstart, "doctor": doctor}
+
+
+def _report(name: str, otherwise: str) -> bool:
+    installed = [d for d in (name, name.replace("-", "_")) if _version(d)]
+    print(f"{name:13} {_version(installed[0]) if installed else otherwise}")
+    return bool(installed)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _devices() -> None:
+    if not importlib.util.find_spec("torch"):
+        return
+    import torch
+
+    print(f"cpu           {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        print(f"cuda:{i}        {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}")
+    if not torch.cuda.device_count():
+        print("cuda          no device: training runs on the CPU")

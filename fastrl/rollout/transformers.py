@@ -1,0 +1,181 @@
+"""Sampling with transformers' own `generate`: batched, left-padded, KV cache, no server.
+
+`generate` adds about 0.3 ms a token to the model's own time (measured on a 0.6M-parameter model, one CPU thread), so
+the cost that can be saved is padding: prompts are sorted by length and cut into batches under a token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fastrl.rollout.protocol import Completion, Sampling
+
+
+class TransformersSampler:
+    """Completes prompts with a transformers causal LM that lives in this process.
+
+    Args:
+        model: the model; it may be training: it is put into eval mode while it samples, and back.
+        tokenizer: for eos and pad ids only; nothing is encoded or decoded.
+        max_tokens: prompt and completion tokens (padding counted) that one batch may hold in its KV cache.
+        attn_implementation: attention to use while sampling, e.g. "sdpa" where training uses a packed one that knows
+            no padding; None keeps the model's.
+    """
+
+    def __init__(self, model, tokenizer, *, max_tokens: int = 131072, attn_implementation: str | None = None):
+        self.model, self.max_tokens, self.attn_implementation = model, max_tokens, attn_implementation
+        self.eos_ids = eos_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad is None else pad
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int | Sequence[int] = 1, seed: int | None = None
+    ) -> list[list[Completion]]:
+        """`n` completions (or n[i]) of each prompt, in the order of the prompts.
+
+        Args:
+            prompts: token ids of each prompt, not empty.
+            sampling: temperature and limits; see `Sampling`.
+            n: completions of each prompt.
+            seed: of the draws. The caller's random state is left as it was. None draws from the caller's state.
+
+        Returns: for each prompt its completions. A completion ends with the end-of-sequence token it drew, or is
+        `truncated` after max_new_tokens. Raises ValueError for an empty prompt or one that leaves too little context.
+        """
+        counts = [n] * len(prompts) if isinstance(n, int) else list(n)
+        self._check(prompts, counts, sampling)
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        results: list[list[Completion]] = [[] for _ in prompts]
+        with self._sampling_mode(), _seeded(seed, self.model.device):
+            for batch in _batches([len(prompts[i]) for i in owners], sampling.max_new_tokens, self.max_tokens):
+                rows = [owners[j] for j in batch]
+                for i, completion in zip(rows, self._complete([prompts[i] for i in rows], sampling), strict=True):
+                    results[i].append(completion)
+        return results
+
+    def _complete(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """One batch: pad on the left, generate, cut each row after its first end-of-sequence token."""
+        width = max(len(p) for p in prompts)
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
+        attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        device = self.model.device
+        output = self.model.generate(
+            ids.to(device), attention_mask=attended.to(device), generation_config=self._generation_config(sampling)
+        )
+        return [self._cut(row, sampling.max_new_tokens) for row in output[:, width:].tolist()]
+
+    def _cut(self, ids: list[int], limit: int) -> Completion:
+        """Up to and including the first end-of-sequence token. What follows it is padding, whatever its id."""
+        end = next((t for t, token in enumerate(ids) if token in self._eos_set), None)
+        if end is not None:
+            return Completion(ids[: end + 1], truncated=False)
+        if len(ids) != limit:
+            raise RuntimeError(
+                f"generation stopped after {len(ids)} of {limit} tokens without an end-of-sequence token"
+            )
+        return Completion(ids, truncated=True)
+
+    @property
+    def _eos_set(self) -> frozenset[int]:
+        return frozenset(self.eos_ids)
+
+    def _generation_config(self, sampling: Sampling):
+        """Only what `sampling` says: penalties and filters that a model ships with would bias the log-probs."""
+        from transformers import GenerationConfig
+
+        drawn = {"do_sample": False}
+        if not sampling.greedy:
+            drawn = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+            }
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
+            bos_token_id=None,
+            use_cache=True,
+            **drawn,
+        )
+
+    @contextmanager
+    def _sampling_mode(self) -> Iterator[None]:
+        """Eval mode, a neutral generation config, the attention for padded batches; then everything as before."""
+        from transformers import GenerationConfig
+
+        model = self.model
+        training, shipped = [m for m in model.modules() if m.training], model.generation_config
+        attention = model.config._attn_implementation
+        swap = self.attn_implementation not in (None, attention)
+        model.eval()
+        model.generation_config = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
+        if swap:
+            model.set_attn_implementation(self.attn_implementation)
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            model.generation_config = shipped
+            if swap:
+                model.set_attn_implementation(attention)
+
+    def _check(self, prompts: Sequence[Sequence[int]], counts: list[int], sampling: Sampling) -> None:
+        if len(counts) != len(prompts):
+            raise ValueError(f"n has {len(counts)} counts for {len(prompts)} prompts; give one number, or one for each")
+        context = context_length(self.model)
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {i} is empty; a model needs at least one token to go on from")
+            if context is not None and len(prompt) + sampling.max_new_tokens > context:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={sampling.max_new_tokens} that is more "
+                    f"than the model's context of {context}; drop it or lower max_new_tokens"
+                )
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those the model's generation config names (as TRL)."""
+    shipped = model.generation_config.eos_token_id if model.generation_config is not None else None
+    shipped = [] if shipped is None else [shipped] if isinstance(shipped, int) else list(shipped)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = list(dict.fromkeys([*own, *shipped]))
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's generation config has an eos token; set one")
+    return ids
+
+
+def context_length(model) -> int | None:
+    """Tokens the model has positions for, or None if its config does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def _batches(lengths: list[int], new_tokens: int, budget: int) -> list[list[int]]:
+    """Rows sorted by length (long first, stable), cut so that rows x (longest + new) stays within the budget."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    out: list[list[int]] = []
+    for i in order:
+        if out and (len(out[-1]) + 1) * (lengths[out[-1][0]] + new_tokens) <= budget:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` inside; the caller's random state is the same afterwards."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,51 @@
+"""TRL's numbers of a rollout: rewards and completion lengths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrl.rollout import Completion
+
+
+def reward_metrics(scores, group_std: Tensor, groups: Tensor) -> dict[str, float]:
+    """reward, reward_std (mean of the groups' std), share of groups without spread, and each function's mean and std.
+
+    Completions that no function could score are left out of the means and counted in rewards/unscored.
+    """
+    total = scores.total.double()
+    seen = total[~torch.isnan(total)]
+    first = torch.cat([groups.new_ones(1, dtype=torch.bool), groups[1:] != groups[:-1]]) if groups.numel() else groups
+    out = {
+        "reward": _mean(seen),
+        "reward_std": _mean(group_std[first]),
+        "frac_reward_zero_std": _mean((group_std[first] < 1e-8).double()),
+    }
+    if seen.numel() < total.numel():
+        out["rewards/unscored"] = total.numel() - seen.numel()
+    for name, values in scores.by_function.items():
+        given = values[~torch.isnan(values)].double()
+        out[f"rewards/{name}/mean"] = _mean(given)
+        out[f"rewards/{name}/std"] = float(given.std()) if given.numel() > 1 else 0.0
+    return out
+
+
+def completion_metrics(completions: list[Completion], limit: int) -> dict[str, float]:
+    """Lengths in tokens, over all completions and over those that ended by themselves."""
+    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.float64)
+    ended = lengths[torch.tensor([not c.truncated for c in completions])]
+    out = {
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": 1 - ended.numel() / lengths.numel(),
+    }
+    if ended.numel():
+        out["completions/mean_terminated_length"] = _mean(ended)
+        out["completions/min_terminated_length"] = float(ended.min())
+        out["completions/max_terminated_length"] = float(ended.max())
+    return out
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if values.numel() else 0.0

@@ -1,0 +1,73 @@
+"""One best tile per architecture and kernel: a small table, no search in a user's first step.
+
+Source of every entry: compiles without register spills ahead of time (bench/aot_check.py); not yet timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .launch import interpreting
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of logits per program, the step along H, and Triton's launch options."""
+
+    rows: int
+    columns: int
+    depth: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+    descriptors: bool = False  # read operands through tensor maps (TMA) where their strides allow it
+
+
+# architecture -> tile, for 2-byte inputs.
+LINEAR_STATS = {
+    "sm_80": Tile(128, 128, 32, 8, 3),
+    "sm_90": Tile(128, 128, 64, 8, 4, descriptors=True),
+    "sm_100": Tile(128, 128, 64, 8, 4, descriptors=True),
+    "sm_120": Tile(128, 64, 64, 8, 3, descriptors=True),
+    "gfx942": Tile(128, 128, 32, 8, 2),
+    "interpreter": Tile(16, 32, 16, 4, 1, descriptors=True),
+}
+LINEAR_DLOGITS = dict(LINEAR_STATS)
+# Row kernels: columns of one row per step.
+ROWS = {
+    "sm_80": Tile(1, 4096, num_warps=8),
+    "sm_90": Tile(1, 4096, num_warps=8),
+    "sm_100": Tile(1, 4096, num_warps=8),
+    "sm_120": Tile(1, 4096, num_warps=8),
+    "gfx942": Tile(1, 4096, num_warps=8),
+    "interpreter": Tile(1, 32),
+}
+# fp32 operands take twice the shared memory and run on the vector units.
+FP32_LINEAR = Tile(64, 64, 32, 4, 2)
+
+
+@functools.cache
+def architecture(index: int) -> str:
+    """The table key of CUDA/ROCm device `index`: the nearest entry at or below its capability; -1: interpreter."""
+    if index < 0:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(index)[0]
+    return next(f"sm_{m}0" for m in (12, 10, 9, 8) if major >= m or m == 8)
+
+
+def pick(table: dict[str, Tile], x: Tensor) -> Tile:
+    """The tile for tensor x's device; ValueError off the GPU unless interpreting."""
+    if x.device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"hidden is on {x.device}; the Triton kernels need a CUDA or ROCm tensor (or TRITON_INTERPRET=1, set before "
+            "triton is imported); use backend='torch'"
+        )
+    name = architecture(x.device.index if x.device.type == "cuda" else -1)
+    if x.dtype == torch.float32 and table is not ROWS and name != "interpreter":
+        return FP32_LINEAR
+    return table[name]
