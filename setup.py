@@ -9,11 +9,11 @@ from setuptools import setup
 PACKAGES = [
     "fastrl",
     "fastrl.data",
-    "fastrl.integrations",
     "fastrl.kernels",
     "fastrl.losses",
     "fastrl.models",
     "fastrl.ops",
+    "fastrl.quickstart",
     "fastrl.rewards",
     "fastrl.rollout",
     "fastrl.train",

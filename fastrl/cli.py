@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 import fastrl
-from fastrl.train.config import CONFIGS, FOREIGN
+from fastrl.train.config import CONFIGS
 from fastrl.train.flags import ConfigError, help_text, nearest, parse
 
 USAGE = """\
@@ -31,6 +31,29 @@ Flags: --name value, --name=value, or name: value in a YAML file given as --conf
 FASTRL_DEBUG=1 shows tracebacks.
 """
 BAD_INPUT, INTERRUPTED = 2, 130
+
+# Flags of other trainers that have no counterpart here -> what to do instead.
+FOREIGN = {
+    "trust_remote_code": "fastrl never runs code that comes with a model; use an architecture transformers knows",
+    "packing": "sequences are always packed without padding; drop it",
+    "packing_strategy": "sequences are always packed whole; drop it",
+    "padding_free": "there is never any padding; drop it",
+    "pad_to_multiple_of": "there is never any padding; drop it",
+    "use_liger_kernel": "the fused head is always on; drop it",
+    "generation_batch_size": "use --steps_per_generation",
+    "max_tokens_per_gpu": "use --max_tokens_per_device",
+    "max_seq_length": "use --max_length",
+    "evaluation_strategy": "use --eval_strategy",
+    "torch_dtype": "use --dtype",
+    "fp16": "use --bf16, or --dtype float32",
+    "optim": "the optimizer is AdamW; drop it",
+    "use_vllm": "sampling is by transformers' generation; drop it",
+    "use_peft": "all weights are trained; adapters are not supported yet",
+    "load_in_4bit": "quantised weights are not supported yet",
+    "load_in_8bit": "quantised weights are not supported yet",
+    "label_smoothing_factor": "use --label_smoothing (dpo)",
+    "push_to_hub": "nothing is uploaded; push output_dir with `hf upload`",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def token_weights(batch: TokenBatch, aggregate: str | Callable[[TokenBatch], Ten
     or a function of the batch that gives [T].
     """
     if callable(aggregate):
-        return aggregate(batch)
+        return _own_weights(batch, aggregate)
     return batch.spread(_sequence_token_weight(batch, aggregate, max_length))
 
 
@@ -91,64 +91,74 @@ def unit_weights(objective: Objective, batch: TokenBatch, aggregate=None) -> Ten
     if scope == "token":
         return token_weights(batch, aggregate, max_length)
     if aggregate == "sequence_mean_token_mean":
-        per_sequence = _like(batch, 1.0 / batch.num_sequences)
+        per_sequence = _like(batch, 1.0 / _at_least_one(batch.num_sequences))
     elif callable(aggregate):
-        per_sequence = segment_sum(aggregate(batch), batch)
+        per_sequence = segment_sum(_own_weights(batch, aggregate), batch)
     else:
         per_sequence = _sequence_token_weight(batch, aggregate, max_length) * batch.lengths
     if scope == "sequence":
         return per_sequence
     if scope == "pair":
+        if batch.num_segments % 2:
+            raise ValueError(
+                f"scope='pair' needs chosen, rejected, chosen, ...; got an odd {batch.num_segments} sequences"
+            )
         return per_sequence.view(-1, 2).sum(1)
     if scope == "batch":
         return per_sequence.sum()
     return per_sequence.new_zeros(num_groups(batch)).index_add(0, group_index(batch), per_sequence)
 
 
+def _own_weights(batch: TokenBatch, aggregate: Callable[[TokenBatch], Tensor]) -> Tensor:
+    weights = aggregate(batch)
+    if not isinstance(weights, Tensor) or weights.shape != batch.targets.shape:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"aggregate must return one weight per trained token [T={batch.targets.shape[0]}], got {got}")
+    return weights
+
+
 def _like(batch: TokenBatch, value) -> Tensor:
-    """[S] of one number (a float or a 0-dim tensor) in the widest float type the batch holds."""
-    out = torch.ones(batch.num_segments, device=batch.targets.device, dtype=torch.float64)
-    return out * value
+    """[S] float64 of one number (a float or a 0-dim tensor)."""
+    return torch.ones(batch.num_segments, device=batch.targets.device, dtype=torch.float64) * value
 
 
 def _sequence_token_weight(batch: TokenBatch, aggregate: str, max_length: int | None) -> Tensor:
     """[S] float64: the weight that every token of a sequence carries."""
+    sequences = _at_least_one(batch.num_sequences)
     if aggregate == "token_mean":
         return _like(batch, 1.0 / _at_least_one(batch.num_tokens))
     if aggregate == "sequence_mean_token_mean":
-        return _like(batch, 1.0 / batch.num_sequences) / batch.lengths.clamp(min=1)
+        return _like(batch, 1.0 / sequences) / batch.lengths.clamp(min=1)
     if aggregate == "sequence_mean_token_sum":
-        return _like(batch, 1.0 / batch.num_sequences)
+        return _like(batch, 1.0 / sequences)
     if aggregate == "constant":
         if not max_length:
             raise ValueError("aggregate='constant' divides by a fixed length: give the objective max_length > 0")
-        return _like(batch, 1.0 / (batch.num_sequences * max_length))
+        return _like(batch, 1.0 / (sequences * max_length))
     if aggregate == "prompt_mean":
         return _prompt_weight(batch)
     raise ValueError(f"aggregate is {aggregate!r}; expected one of {', '.join(AGGREGATES)} or a function of the batch")
 
 
 def _prompt_weight(batch: TokenBatch) -> Tensor:
-    if batch.group_ids is None:
-        raise ValueError("aggregate='prompt_mean' needs batch.group_ids [S]; got None")
     index = group_index(batch)
     tokens = batch.group_tokens
     if tokens is None:
         tokens = torch.zeros(num_groups(batch), dtype=torch.long, device=index.device)
         tokens = tokens.index_add(0, index, batch.lengths)[index]
     prompts = num_groups(batch) if batch.num_groups is None else batch.num_groups
-    return _like(batch, 1.0 / prompts) / tokens.clamp(min=1)
+    return _like(batch, 1.0 / _at_least_one(prompts)) / tokens.clamp(min=1)
 
 
 def _at_least_one(count):
-    """A step without trained tokens has loss 0, not 0/0."""
+    """A step without trained tokens or sequences has loss 0, not 0/0."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def group_index(batch: TokenBatch) -> Tensor:
     """[S] position of each sequence's group among the batch's distinct group ids, in order of first appearance."""
     if batch.group_ids is None:
-        raise ValueError("scope='group' needs batch.group_ids [S]; got None")
+        raise ValueError("scope='group' and aggregate='prompt_mean' need batch.group_ids [S]; got None")
     ids, inverse = torch.unique(batch.group_ids, return_inverse=True)
     first = torch.full_like(ids, batch.num_segments, dtype=torch.long)
     order = torch.arange(batch.num_segments, device=inverse.device)
@@ -187,8 +197,18 @@ def mean_metrics(objective: Objective, stats: TokenStats, batch: TokenBatch) -> 
         metrics["mean_token_accuracy"] = stats.is_argmax.sum() / tokens
     if report is None:
         return metrics
-    count = {"token": tokens, "sequence": batch.num_sequences, "pair": batch.num_sequences / 2}.get(scope_of(objective))
+    count = _unit_count(scope_of(objective), batch)
     with torch.no_grad():
         for name, value in report(stats.detach(), batch).items():
-            metrics[name] = value.to(torch.promote_types(value.dtype, torch.float32)).sum() / (count or value.numel())
+            metrics[name] = value.to(torch.promote_types(value.dtype, torch.float32)).sum() / count
     return metrics
+
+
+def _unit_count(scope: str, batch: TokenBatch):
+    """How many units of this scope the whole optimizer step has."""
+    if scope == "token":
+        return _at_least_one(batch.num_tokens)
+    if scope == "group":
+        return _at_least_one(num_groups(batch) if batch.num_groups is None else batch.num_groups)
+    sequences = _at_least_one(batch.num_sequences)
+    return {"sequence": sequences, "pair": sequences / 2, "batch": 1}[scope]

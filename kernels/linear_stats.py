@@ -54,12 +54,18 @@ def project_tile(
 
 
 @triton.jit
+def halve(x):
+    """[R, C] -> its left and its right half, [R, C / 2] each; stays in registers."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def linear_stats_kernel(
     hidden, weight, bias, targets, outer_rows, parts, firsts,
     N, V, H, splits, tiles_per_split, stride_hn, stride_hk, stride_wv, stride_wk, inner, outer,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ARGMAX: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """parts [5, splits, N] fp32 = (top, tail, weighted, squares, z of the target); firsts [splits, N] int32."""
     pid = tl.program_id(0)
@@ -73,6 +79,7 @@ def linear_stats_kernel(
     rows = n0 + tl.arange(0, BLOCK_N)
     inside = rows < N
     target = tl.load(targets + rows, mask=inside, other=-1)
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     if outer_rows is not None:
         scale = tl.load(outer_rows + rows, mask=inside, other=1.0)[:, None]
     else:
@@ -92,16 +99,31 @@ def linear_stats_kernel(
             hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
             BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, PRECISION,
         )  # fmt: skip
-        col = v0 + tl.arange(0, BLOCK_V)
-        if bias is not None:
-            raw += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
-        z, _ = to_logits(raw, inner, scale, SOFTCAP)
-        z = tl.where(col[None, :] < V, z, float("-inf"))
-        # The target's logit is taken from the very accumulator that enters the sum: log p <= 0 by construction.
-        at_target += tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
-        top, tail, first, weighted, squares = fold_tile(
-            z, col, top, tail, first, weighted, squares, ENTROPY, SQUARES
-        )  # fmt: skip
+        if tl.constexpr(PARTS == 8):
+            left, right = halve(raw)
+            a, b = halve(left)
+            c, d = halve(right)
+            pieces = halve(a) + halve(b) + halve(c) + halve(d)
+        elif tl.constexpr(PARTS == 4):
+            left, right = halve(raw)
+            pieces = halve(left) + halve(right)
+        elif tl.constexpr(PARTS == 2):
+            pieces = halve(raw)
+        else:
+            pieces = (raw,)
+        for part in tl.static_range(PARTS):
+            z = pieces[part]
+            col = v0 + part * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
+            if bias is not None:
+                z += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
+            z, _ = to_logits(z, inner, scale, SOFTCAP)
+            z = tl.where(col[None, :] < V, z, float("-inf"))
+            # The target's logit is taken from the very accumulator that enters the sum: log p <= 0 by construction.
+            if tl.max(((target >= v0) & (target < v0 + BLOCK_V)).to(tl.int32), 0) > 0:
+                at_target += tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
+            top, tail, first, weighted, squares = fold_tile(
+                z, col, top, tail, first, weighted, squares, ENTROPY, SQUARES, ARGMAX
+            )  # fmt: skip
 
     plane = tl.cast(splits, tl.int64) * N
     out = parts + tl.cast(split, tl.int64) * N + rows

@@ -50,7 +50,9 @@ def to_logits(raw, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def fold_tile(z, col, top, tail, first, weighted, squares, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+def fold_tile(
+    z, col, top, tail, first, weighted, squares, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
     """Fold logits z [R, C] of columns col [C] (-inf outside the vocabulary) into the carried statistics, each [R]."""
     peak = tl.max(z, 1)
     where_peak = tl.min(tl.where(z == peak[:, None], col[None, :], 2147483647), 1)
@@ -59,20 +61,20 @@ def fold_tile(z, col, top, tail, first, weighted, squares, ENTROPY: tl.constexpr
     # A row of nothing but -inf so far: any finite base gives exp(-inf) = 0 and no NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     scale = tl.exp(top - base)
-    gap = base[:, None] - z
-    e = tl.exp(-gap)
+    z -= base[:, None]
+    e = tl.exp(z)
     # The new top's own term stays out of the tail; the old top's term, 1 * scale, joins it.
     rest = tl.where(higher[:, None] & (col[None, :] == where_peak[:, None]), 0.0, e)
     if ENTROPY:
         shift = tl.where(top == float("-inf"), 0.0, base - top)
         weighted = scale * (weighted + shift * (1.0 + tail))
-        # e = 0 also where gap is infinite: 0 * inf must be 0.
-        weighted += tl.sum(tl.where(e > 0.0, e * gap, 0.0), 1)
+        weighted -= tl.sum(rest * tl.maximum(z, -1000.0), 1)
     joined = tl.where(higher, scale, 0.0)
     if SQUARES:
         squares = squares * scale * scale + joined * joined + tl.sum(rest * rest, 1)
     tail = tail * scale + joined + tl.sum(rest, 1)
-    first = tl.where(higher, where_peak, first)
+    if ARGMAX:
+        first = tl.where(higher, where_peak, first)
     return new_top, tail, first, weighted, squares
 
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from fastrl.train import SFTConfig, checkpoint, durable
 from fastrl.train.checkpoint import (
     CheckpointError,
-    Saver,
     TrainerState,
     find_checkpoint,
     is_complete,
@@ -246,17 +245,12 @@ def test_a_disk_that_refuses_at_any_call_leaves_the_last_one(tmp_path, monkeypat
     assert at > 15 and find_checkpoint(tmp_path, "auto").state.step == 2
 
 
-def test_a_failed_save_is_told_and_training_may_go_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     model, optimizer = make()
-    notes: list[str] = []
-    saver = Saver(tmp_path, saver_of(model), optimizer, list(model.named_parameters()), note=notes.append)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda p: type("Usage", (), {"free": 10})())
-    assert saver.save(TrainerState(step=1)) is None and "are free" in notes[0]
-    with pytest.raises(CheckpointError):
-        saver.finish()
-    monkeypatch.undo()
-    assert saver.save(TrainerState(step=2)).name == "checkpoint-2"
-    saver.finish()
+    with pytest.raises(CheckpointError, match="MiB are needed, 0 are free"):
+        save(tmp_path, model, optimizer, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bug_in_the_model_saver_is_not_hidden(tmp_path):

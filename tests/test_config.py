@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from fastrl import cli
+from fastrl.cli import FOREIGN
 from fastrl.train import ConfigError, DPOConfig, GRPOConfig, SFTConfig, run
-from fastrl.train.config import CONFIGS, FOREIGN
+from fastrl.train.config import CONFIGS
 from fastrl.train.flags import field_types, help_text, load_yaml, parse
 
 ROOT = Path(__file__).resolve().parents[1]

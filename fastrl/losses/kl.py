@@ -22,10 +22,18 @@ def safe_exp(x: Tensor) -> Tensor:
     return x.clamp(max=LINEAR_FROM).exp() * (1 + over)
 
 
-def safe_expm1(x: Tensor) -> Tensor:
-    """expm1(x) for x <= 40, its tangent beyond."""
-    over = (x - LINEAR_FROM).clamp(min=0.0)
-    return torch.expm1(x.clamp(max=LINEAR_FROM)) + over * torch.exp(x.clamp(max=LINEAR_FROM).detach())
+def exp_above_tangent(x: Tensor) -> Tensor:
+    """e^x - 1 - x >= 0, to full relative precision at every size, with safe_exp's tangent past 40.
+
+    Near 0 both subtractions cancel: to eps/x^2 as written, to eps/x through expm1. There the series is summed instead,
+    e^x - 1 - x = x^2/2 (1 + x/3 (1 + x/4 (1 + ...))), and so is, by autograd, the derivative e^x - 1.
+    """
+    small = x.abs() < 0.5
+    near, far = torch.where(small, x, torch.zeros_like(x)), torch.where(small, torch.zeros_like(x), x)
+    series = torch.ones_like(x)
+    for n in range(18, 2, -1):
+        series = 1 + near / n * series
+    return torch.where(small, 0.5 * near.square() * series, safe_exp(far) - 1 - far)
 
 
 def kl_estimate(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -41,6 +49,5 @@ def kl_estimate(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     if kind == "k2":
         return 0.5 * d.square()
     if kind == "k3":
-        # expm1 keeps the digits of small D, where e^-D - 1 + D would cancel to nothing.
-        return safe_expm1(-d) + d
+        return exp_above_tangent(-d)
     raise ValueError(f"kl is {kind!r}; expected one of {', '.join(KINDS)}")

@@ -115,7 +115,7 @@ class PPOClip(Reinforce):
 
 @dataclass(frozen=True)
 class GRPO(PPOClip):
-    """Group relative policy optimisation (Shao et al. 2024, eq. 3): PPOClip, mean over each sequence, then sequences."""
+    """Group relative policy optimisation (Shao et al. 2024, eq. 3): PPOClip, mean over a sequence, then sequences."""
 
     aggregate: ClassVar[str] = "sequence_mean_token_mean"
 

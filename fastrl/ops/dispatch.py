@@ -39,10 +39,10 @@ def module(name: str) -> ModuleType:
 
 
 def workspace(workspace_bytes: int | None, hidden: Tensor, vocabulary: int) -> int:
-    """Bytes of logits that may exist at once: as asked, else 64 MiB on the CPU (128 above 100k words), 1 GiB on CUDA."""
+    """Bytes of logits that may exist at once: as asked, or 1 GiB on CUDA, 64 MiB on the CPU (128 above 100k words)."""
     if workspace_bytes is not None:
-        if workspace_bytes <= 0:
-            raise ValueError(f"workspace_bytes must be positive, got {workspace_bytes}")
+        if not workspace_bytes > 0:
+            raise ValueError(f"workspace_bytes must be a positive number of bytes, got {workspace_bytes}")
         return int(workspace_bytes)
     default = _WORKSPACE.get(hidden.device.type, 256 << 20)
     return default * 2 if hidden.device.type == "cpu" and vocabulary > 100_000 else default

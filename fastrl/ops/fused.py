@@ -26,7 +26,7 @@ from fastrl.objective import (
     weighted_sum,
 )
 from fastrl.ops import dispatch
-from fastrl.ops.checks import check_inputs, check_targets, head_spec
+from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
 from fastrl.ops.head import Coefs
 from fastrl.ops.linear import DIFFERENTIABLE, Call, head_statistics
 from fastrl.tokens import TokenBatch, TokenStats, compact
@@ -60,12 +60,13 @@ def fused_loss(
         outputs: extra statistics to return in .stats and .metrics ("entropy", "is_argmax", ...).
         The rest: as linear_logprobs.
 
-    Returns: LossOutput(loss scalar, metrics, stats [T] detached). The loss is differentiable once in hidden, weight, bias.
+    Returns: LossOutput(loss scalar, metrics, stats [T] detached); the loss is differentiable once in hidden, weight
+        and bias.
     Raises: ValueError, TypeError on inputs that do not fit, naming both sides.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = settle_dtypes(hidden, weight)
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch must be a TokenBatch, got {type(batch).__name__}")
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [T, H] to match the packed batch, got {list(hidden.shape)}")
     check_inputs(hidden, weight, batch.targets, bias)
@@ -73,10 +74,11 @@ def fused_loss(
     head = head_spec(weight, bias, temperature, logit_scale, softcap, hidden)
     kept, rows = compact(batch, ignore_index)
     h, head = (hidden, head) if rows is None else (hidden[rows], head.at_rows(rows))
-    check_targets(kept.targets, weight.shape[0], debug_checks)
+    check_targets(kept.targets, rows, weight.shape[0], debug_checks)
     weights = unit_weights(objective, kept, aggregate)
     name = dispatch.pick(backend, hidden)
-    if scope_of(objective) == "token" and name != "reference":
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, weight, bias))
+    if scope_of(objective) == "token" and name != "reference" and wanted:
         if kept.advantages is not None:
             kept = dataclasses.replace(kept, advantages=kept.token_advantages)
         budget = dispatch.workspace(workspace_bytes, hidden, weight.shape[0])
@@ -113,7 +115,8 @@ def loss_from_logprobs(
     kept, rows = compact(batch, ignore_index)
     own = stats if rows is None else stats.map(lambda x: x[rows])
     loss = apply_law(objective, own, kept, unit_weights(objective, kept, aggregate))
-    return LossOutput(loss, mean_metrics(objective, own.detach(), kept), stats.detach())
+    own = own.detach()
+    return LossOutput(loss, mean_metrics(objective, own, kept), _uncompact(own, rows, batch.targets.shape[0]))
 
 
 def apply_law(objective: Objective, stats: TokenStats, batch: TokenBatch, weights: Tensor) -> Tensor:
@@ -138,14 +141,10 @@ class _OnePass(torch.autograd.Function):
             total.append(value)
             return coefs
 
-        if any(needs):
+        with autocast_off(hidden):
             made, *grads = backend.one_pass(
                 head, hidden, batch.targets, call.outputs, coefficient, needs, call.workspace
             )
-        else:
-            made, _ = backend.statistics(head, hidden, batch.targets, call.outputs, call.workspace)
-            total.append(_value(objective, made, batch, weights))
-            grads = [None, None, None]
         for name in call.outputs:
             setattr(stats, name, getattr(made, name))
         ctx.save_for_backward(*grads)
@@ -158,7 +157,7 @@ class _OnePass(torch.autograd.Function):
         grads = ctx.saved_tensors
         # On the CPU the usual upstream of exactly 1 is seen for free, and saves a walk over dW.
         if upstream.device.type != "cpu" or float(upstream) != 1.0:
-            grads = [None if g is None else g * upstream.to(g.dtype) for g in grads]
+            grads = [None if g is None else g * upstream for g in grads]  # 0-dim: the dtype of g stays
         return *grads, None, None, None
 
 

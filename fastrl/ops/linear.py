@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops import dispatch, reference
-from fastrl.ops.checks import check_inputs, check_targets, head_spec
+from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
 from fastrl.ops.head import Coefs, HeadSpec, Saved, accumulation_dtype
 from fastrl.tokens import STAT_NAMES, TokenStats
 
@@ -72,9 +72,7 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or numbers that do not fit, naming both sides.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = settle_dtypes(hidden, weight)
     check_inputs(hidden, weight, targets, bias)
     outputs = _known(outputs)
     head = head_spec(weight, bias, temperature, logit_scale, softcap, hidden)
@@ -89,7 +87,7 @@ def linear_logprobs(
     if not everything:
         h, head = h[rows], head.at_rows(rows)
     kept = flat if everything else flat[rows]
-    check_targets(kept, weight.shape[0], debug_checks)
+    check_targets(kept, rows, weight.shape[0], debug_checks)
     stats = head_statistics(head, h, kept, outputs, backend, workspace_bytes)
     if not everything:
         stats = stats.map(lambda x: x.new_zeros(flat.shape[0]).index_copy(0, rows, x))
@@ -128,7 +126,9 @@ def linear_cross_entropy(
     if label_smoothing:
         # mean_v log p_v = mean_v z_v - lse, and the mean over v of a linear map is the linear map of the mean.
         acc = loss.dtype
-        mean_z = hidden.to(acc) @ weight.to(acc).mean(0)
+        hidden, weight = settle_dtypes(hidden, weight)
+        clean = hidden.masked_fill(~keep.unsqueeze(-1), 0.0)  # garbage in an ignored row must not reach dW as 0 * NaN
+        mean_z = (clean.to(acc) * weight.mean(0, dtype=acc)).sum(-1)
         if bias is not None:
             mean_z = mean_z + bias.to(acc).mean()
         mean_z = mean_z * head_options.get("logit_scale", 1.0) / head_options.get("temperature", 1.0)
@@ -148,7 +148,8 @@ def head_statistics(
     name = dispatch.pick(backend, hidden)
     if name == "reference":
         options = dict(temperature=head.temperature, logit_scale=head.logit_scale, softcap=head.softcap)
-        z = reference.logits(hidden, head.weight, head.bias, **options)
+        with autocast_off(hidden):
+            z = reference.logits(hidden, head.weight, head.bias, **options)
         return TokenStats(**reference.statistics(z, targets, outputs))
     budget = dispatch.workspace(workspace_bytes, hidden, head.weight.shape[0])
     call = Call(outputs, name, budget, head.logit_scale, head.softcap, head.temperature)
@@ -163,7 +164,8 @@ class _LinearStatistics(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, call: Call):
         backend = dispatch.module(call.backend)
         # dH/dz needs H itself, so a differentiable entropy is saved with the rest.
-        stats, saved = backend.statistics(call.head(weight, bias), hidden, targets, call.outputs, call.workspace)
+        with autocast_off(hidden):
+            stats, saved = backend.statistics(call.head(weight, bias), hidden, targets, call.outputs, call.workspace)
         ctx.save_for_backward(hidden, weight, bias, targets, saved.max, saved.log_sum, saved.logprobs, saved.entropy)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -183,9 +185,9 @@ class _LinearStatistics(torch.autograd.Function):
             return None, None, None, None, None
         needs = tuple(ctx.needs_input_grad[:3])
         saved = Saved(top, log_sum, logprobs, entropy)
-        grads = dispatch.module(call.backend).gradients(
-            call.head(weight, bias), hidden, targets, saved, Coefs(**given), needs, call.workspace
-        )
+        backend, head = dispatch.module(call.backend), call.head(weight, bias)
+        with autocast_off(hidden):
+            grads = backend.gradients(head, hidden, targets, saved, Coefs(**given), needs, call.workspace)
         return *grads, None, None
 
 

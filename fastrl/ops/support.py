@@ -18,12 +18,16 @@ def support_statistics(
     nnz*H memory. A target outside its row's support has log-prob -inf; ignored rows give 0.
     """
     indices, offsets = (x.to(hidden.device).long() for x in support)
-    n = hidden.shape[0]
+    n, v = hidden.shape[0], head.weight.shape[0]
     if offsets.shape != (n + 1,):
         raise ValueError(f"support offsets must be [N+1={n + 1}], got {list(offsets.shape)}")
     if int(offsets[-1]) != indices.shape[0]:
         raise ValueError(f"support offsets end at {int(offsets[-1])} but indices has {indices.shape[0]} entries")
+    if indices.device.type == "cpu" and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < v:
+        raise ValueError(f"support indices must be in [0, V={v}), got {int(indices.min())} to {int(indices.max())}")
     row = torch.repeat_interleave(torch.arange(n, device=hidden.device), offsets.diff(), output_size=indices.shape[0])
+    keep = targets != ignore_index
+    row, indices = row[keep[row]], indices[keep[row]]  # nothing in an ignored row can reach dW, and it costs nothing
     acc = accumulation_dtype(hidden.dtype)
     z = (hidden[row].to(acc) * head.weight[indices].to(acc)).sum(-1)
     if head.bias is not None:
@@ -40,7 +44,6 @@ def support_statistics(
     is_target = indices == targets[row]
     hit = z.new_zeros(n).index_add(0, row, is_target.to(acc)) > 0
     logprobs = z.new_zeros(n).index_add(0, row, torch.where(is_target, logp, torch.zeros_like(logp)))
-    keep = targets != ignore_index
     made = {
         "logprobs": lambda: torch.where(hit, logprobs, torch.full_like(logprobs, -torch.inf)),
         "entropy": lambda: z.new_zeros(n).index_add(0, row, -p * logp.clamp(min=-1e4)),

@@ -1,0 +1,5 @@
+"""The first run: data, model and command of `fastrl quickstart`."""
+
+from fastrl.quickstart.run import main
+
+__all__ = ["main"]

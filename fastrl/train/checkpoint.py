@@ -181,46 +181,6 @@ def _check_space(run_path: Path, optimizer, parameters) -> None:
         raise CheckpointError(f"could not save in {run_path}: {sizes}")
 
 
-@dataclass
-class Saver:
-    """Saves on the way without stopping the run for a full disk; `finish` raises if the last save failed.
-
-    save_checkpoint's arguments, fixed once. note: called with a line when a save fails.
-    """
-
-    run_path: Path
-    model_saver: ModelSaver
-    optimizer: torch.optim.Optimizer
-    named_parameters: list[tuple[str, torch.nn.Parameter]]
-    total_limit: int | None = None
-    generators: dict[str, torch.Generator] = field(default_factory=dict)
-    note: Callable[[str], Any] = print
-    failed: CheckpointError | None = None
-
-    def save(self, state: TrainerState) -> Path | None:
-        """The new checkpoint, or None if it could not be written (training goes on; the next save tries again)."""
-        try:
-            path = save_checkpoint(
-                self.run_path,
-                state,
-                self.model_saver,
-                self.optimizer,
-                self.named_parameters,
-                generators=self.generators,
-                total_limit=self.total_limit,
-            )
-        except CheckpointError as error:
-            self.failed = error
-            self.note(f"CHECKPOINT FAILED at step {state.step}: {error}")
-            return None
-        self.failed = None
-        return path
-
-    def finish(self) -> None:
-        if self.failed is not None:
-            raise self.failed
-
-
 def save_final(run_path: Path | str, model_saver: ModelSaver) -> None:
     """The model into run_path itself. config.json lands last: until then the directory does not load as a model.
 
