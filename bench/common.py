@@ -1,9 +1,9 @@
 """What every benchmark shares: a record of the machine, alternating rounds, honest peak memory, a JSON file.
 
 Peak memory on the CPU is the process's own high-water mark (VmHWM), set back to the present size through
-/proc/self/clear_refs just before the measured call. It sees everything the call really makes resident: tensors, autograd
-buffers and the GEMM library's packing buffers alike. It is taken in a process of its own for each contender, so that no
-allocator state is inherited. Where /proc cannot do that (macOS), peak_mib is None rather than a guess.
+/proc/self/clear_refs just before the measured call. It sees everything the call really makes resident: tensors,
+autograd buffers and the GEMM library's packing buffers alike. It is taken in a process of its own for each contender,
+so that no allocator state is inherited. Where /proc cannot do that (macOS), peak_mib is None rather than a guess.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": threads,
+        "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "git_commit": _git("rev-parse", "HEAD"),
@@ -78,7 +79,7 @@ def synchronize(device: str) -> None:
 
 
 def alternate(calls: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` times: A B C, A B C, ... so that a slow minute hits all alike. One warm-up each."""
+    """Seconds of each call, A B C A B C ... `rounds` times, so that a slow minute hits all alike; one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():

@@ -15,50 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ROW_GROUP, LogitScale, check_operands, descriptor, has_descriptor, pick_splits, processor_count
+from .linear_tile import cut_columns, grouped, project_tile
 from .numerics import fold_tile, log1p, merge, to_logits
 from .tiles import LINEAR_STATS, Tile, pick
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
-@triton.jit
-def project_tile(
-    hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Raw logits hidden[n0:, :] @ weight[v0:, :].T in fp32. Rows and columns past the end hold anything."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    if TMA:
-        for k in range(0, H, BLOCK_K):
-            a = hidden.load([n0, k])
-            b = weight.load([v0, k])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    else:
-        # Clamped instead of masked: a repeated last row is read in bounds and never used.
-        rows = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        cols = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        ks = tl.arange(0, BLOCK_K)
-        a_ptr = hidden + rows[:, None] * stride_hn + ks[None, :].to(tl.int64) * stride_hk
-        b_ptr = weight + cols[None, :] * stride_wv + ks[:, None].to(tl.int64) * stride_wk
-        for k in range(0, H, BLOCK_K):
-            if EVEN_K:
-                a = tl.load(a_ptr)
-                b = tl.load(b_ptr)
-            else:
-                a = tl.load(a_ptr, mask=ks[None, :] < H - k, other=0.0)
-                b = tl.load(b_ptr, mask=ks[:, None] < H - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            a_ptr += tl.cast(stride_hk, tl.int64) * BLOCK_K
-            b_ptr += tl.cast(stride_wk, tl.int64) * BLOCK_K
-    return acc
-
-
-@triton.jit
-def halve(x):
-    """[R, C] -> its left and its right half, [R, C / 2] each; stays in registers."""
-    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
-
-
 @triton.jit
 def linear_stats_kernel(
     hidden, weight, bias, targets, outer_rows, parts, firsts,
@@ -68,14 +30,8 @@ def linear_stats_kernel(
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ARGMAX: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """parts [5, splits, N] fp32 = (top, tail, weighted, squares, z of the target); firsts [splits, N] int32."""
-    pid = tl.program_id(0)
-    # GROUP row blocks sweep the vocabulary together, so that each weight tile is fetched once per group.
-    blocks = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP * splits)
-    height = tl.minimum(blocks - group * GROUP, GROUP)
-    within = pid % (GROUP * splits)
-    n0 = (group * GROUP + within % height) * BLOCK_N
-    split = within // height
+    block, split = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), splits, GROUP)
+    n0 = block * BLOCK_N
     rows = n0 + tl.arange(0, BLOCK_N)
     inside = rows < N
     target = tl.load(targets + rows, mask=inside, other=-1)
@@ -99,18 +55,7 @@ def linear_stats_kernel(
             hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
             BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, PRECISION,
         )  # fmt: skip
-        if tl.constexpr(PARTS == 8):
-            left, right = halve(raw)
-            a, b = halve(left)
-            c, d = halve(right)
-            pieces = halve(a) + halve(b) + halve(c) + halve(d)
-        elif tl.constexpr(PARTS == 4):
-            left, right = halve(raw)
-            pieces = halve(left) + halve(right)
-        elif tl.constexpr(PARTS == 2):
-            pieces = halve(raw)
-        else:
-            pieces = (raw,)
+        pieces = cut_columns(raw, PARTS)
         for part in tl.static_range(PARTS):
             z = pieces[part]
             col = v0 + part * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
@@ -214,6 +159,7 @@ def linear_stats(
     *,
     entropy: bool = True,
     squares: bool = True,
+    argmax: bool = True,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> RowStats:
@@ -223,7 +169,7 @@ def linear_stats(
         hidden: [N, H], weight: [V, H], one dtype of bfloat16, float16, float32; any strides (rows of 16-byte multiples
             with unit inner stride take the fast load path). targets: [N] int; outside [0, V): that row's log-prob is NaN.
         bias: [V] or None. scale: LogitScale, outer a float or float32 [N].
-        entropy, squares: compute these columns; False leaves entropy, log_sum_sq_probs undefined.
+        entropy, squares, argmax: False leaves entropy, log_sum_sq_probs, is_argmax undefined, and costs less.
         tile, splits: overrides of the table's tile and of the number of column ranges.
     Returns: RowStats, [N] each; extra memory 24 * splits * N bytes.
     Raises: ValueError, TypeError on operands that do not fit.
@@ -247,7 +193,7 @@ def linear_stats(
             n, v, h, splits, each, *hidden.stride(), *weight.stride(), inner, outer,
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_K=tile.depth, GROUP=ROW_GROUP,
             TMA=tma, EVEN_K=h % tile.depth == 0, PRECISION="ieee",
-            SOFTCAP=scale.softcap, ENTROPY=entropy, SQUARES=squares,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            SOFTCAP=scale.softcap, ENTROPY=entropy, SQUARES=squares, ARGMAX=argmax,
+            PARTS=tile.parts, **tile.options(),
         )  # fmt: skip
     return finish(parts, firsts, targets, v, each * tile.columns)

@@ -68,6 +68,7 @@ def fold_tile(
     if ENTROPY:
         shift = tl.where(top == float("-inf"), 0.0, base - top)
         weighted = scale * (weighted + shift * (1.0 + tail))
+        # e underflows to 0 long before -1000: the bound only keeps 0 * -inf from being NaN.
         weighted -= tl.sum(rest * tl.maximum(z, -1000.0), 1)
     joined = tl.where(higher, scale, 0.0)
     if SQUARES:
@@ -93,3 +94,22 @@ def merge(top, tail, first, weighted, squares, top2, tail2, first2, weighted2, s
     out_weighted = w_hi + scale * (w_lo + gap * (1.0 + tail_lo))
     out_squares = s_hi + scale * scale * (1.0 + s_lo)
     return hi, out_tail, tl.where(higher, first2, first), out_weighted, out_squares
+
+
+@triton.jit
+def to_dlogits(
+    z, t, hit, top, rise, fall, at_target, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr
+):  # fmt: skip
+    """dL/d(h.W + b) from logits z [R, C]: e (rise - fall (z - top)), at_target [R] where hit, e = exp(z - top)."""
+    # top = -inf: the whole row is undefined, and rise is NaN already.
+    z -= top[:, None]
+    d = tl.exp(z)
+    if ENTROPY:
+        # Only where e = 0 is z below -1000: the bound keeps 0 * -inf from being NaN.
+        d *= rise[:, None] - fall[:, None] * tl.maximum(z, -1000.0)
+    else:
+        d *= rise[:, None]
+    d = tl.where(hit, at_target[:, None], d)
+    if SOFTCAP:
+        d *= 1.0 - t * t
+    return d

@@ -40,7 +40,14 @@ class Problem:
 
 
 def problem(
-    seed: int = 0, n: int = 13, h: int = 16, v: int = 37, dtype=torch.float64, bias: bool = False, scale: float = 1.0, **options
+    seed: int = 0,
+    n: int = 13,
+    h: int = 16,
+    v: int = 37,
+    dtype=torch.float64,
+    bias: bool = False,
+    scale: float = 1.0,
+    **options,
 ) -> Problem:
     """Random inputs whose values are exact in dtype. `scale` multiplies the logits."""
     g = torch.Generator().manual_seed(seed)
@@ -297,5 +304,7 @@ def with_garbage(p: Problem, fields: dict) -> Problem:
     """The same problem for this step's targets, with NaN and inf in the hidden states of untrained rows."""
     kept = fields["mask"] & (fields["targets"] != -100)
     hidden = p.hidden.clone()
-    hidden[~kept] = torch.tensor([math.nan, math.inf, -math.inf]).repeat(hidden.shape[1])[: hidden.shape[1]].to(hidden.dtype)
+    hidden[~kept] = (
+        torch.tensor([math.nan, math.inf, -math.inf]).repeat(hidden.shape[1])[: hidden.shape[1]].to(hidden.dtype)
+    )
     return dataclasses.replace(p, hidden=hidden, targets=fields["targets"])

@@ -345,7 +345,12 @@ def config(tmp_path, **changes):
 def test_a_run_is_never_silently_started_over(tmp_path):
     with start_run(config(tmp_path, learning_rate=1e-4)) as run:
         assert run.resume is None and (run.path / "config_fastrl.yaml").exists()
-        (run.path / "metrics.jsonl").write_text("")
+        (run.path / "metrics.jsonl").write_text("")  # a run that failed before its first record
+    with start_run(config(tmp_path, learning_rate=1e-4)) as run:
+        (run.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(OutputDirError, match="already holds a run"):
+        start_run(config(tmp_path)).__enter__()
+    with start_run(config(tmp_path, learning_rate=1e-4, resume_from_checkpoint="auto")) as run:
         save_checkpoint(run.path, TrainerState(step=3, stage="sft"), lambda d: None)
         save_checkpoint(run.path, TrainerState(step=6, stage="sft"), lambda d: None)
     (run.path / ".tmp-checkpoint-x").mkdir()
@@ -365,6 +370,17 @@ def test_a_run_is_never_silently_started_over(tmp_path):
         assert run.resume is None and not list_checkpoints(run.path) and not (run.path / "metrics.jsonl").exists()
     with start_run(config(tmp_path, resume_from_checkpoint="auto")) as run:
         assert run.resume is None and "starting from step 0" in run.notes[-1]
+
+
+def test_a_run_never_writes_over_the_model_it_starts_from(tmp_path):
+    inside = tmp_path / "run" / "checkpoint-3"
+    inside.mkdir(parents=True)
+    for model in (inside, tmp_path / "run"):
+        made = SFTConfig(model_name_or_path=str(model), dataset_name="d", output_dir=str(tmp_path / "run"))
+        made.overwrite_output_dir = True
+        with pytest.raises(OutputDirError, match="lies in --output_dir"):
+            start_run(made).__enter__()
+    assert inside.exists()
 
 
 def test_another_stage_and_another_process_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import time
@@ -116,6 +117,16 @@ def test_wrong_type_is_named_for_every_field(name):
     refused([f"--{name} must be"], cls, **{**values, name: wrong})
     if bool not in field_types(cls)[name]:
         refused([f"--{name}"], cls, **{**values, name: True})
+
+
+def test_every_flag_is_read_somewhere():
+    """A flag that nothing reads would be dropped silently; the one without effect says so in its help."""
+    read = "".join(p.read_text() for p in (ROOT / "fastrl").rglob("*.py") if p.name != "config.py")
+    own = (ROOT / "fastrl/train/config.py").read_text()
+    for name in {f.name for cls in CONFIGS.values() for f in dataclasses.fields(cls)}:
+        used = re.search(rf"config\.{name}\b|\"{name}\"", read) or re.search(rf"self\.{name}\b", own)
+        through = name.endswith("_steps") and 'f"{what}_steps"' in own
+        assert used or through or name == "per_device_eval_batch_size", name
 
 
 # -- checks between fields -----------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class PackedModel(nn.Module):
     def gradient_checkpointing_enable(self) -> None:
         """Recompute each layer in the backward pass (non-reentrant)."""
         if self.model.supports_gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         else:
             self.notes.append(f"{self.name} does not support gradient checkpointing; training without it")
 

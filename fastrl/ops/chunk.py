@@ -130,9 +130,12 @@ def concatenate(parts: list, outputs: tuple, like: Tensor) -> tuple[TokenStats, 
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        empty = like.new_empty(0, dtype=accumulation_dtype(like.dtype))
-        fields = {n: (empty.bool() if n == "is_argmax" else empty) for n in outputs}
-        return TokenStats(**{"logprobs": empty, **fields}), Saved(empty, empty, empty, empty)
+
+        def empty(dtype=accumulation_dtype(like.dtype)):
+            return like.new_empty(0, dtype=dtype)  # a tensor of its own for each: autograd tells outputs apart by it
+
+        fields = {n: empty(torch.bool) if n == "is_argmax" else empty() for n in ("logprobs", *outputs)}
+        return TokenStats(**fields), Saved(empty(), empty(), fields["logprobs"], fields.get("entropy"))
 
     def join(pieces):
         return None if pieces[0] is None else torch.cat(pieces)

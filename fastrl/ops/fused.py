@@ -13,7 +13,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.objective import (
     LossOutput,
@@ -29,6 +28,7 @@ from fastrl.ops import dispatch
 from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
 from fastrl.ops.head import Coefs
 from fastrl.ops.linear import DIFFERENTIABLE, Call, head_statistics
+from fastrl.ops.once import no_second_derivative
 from fastrl.tokens import TokenBatch, TokenStats, compact
 
 
@@ -152,7 +152,7 @@ class _OnePass(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx, upstream):
         grads = ctx.saved_tensors
         # On the CPU the usual upstream of exactly 1 is seen for free, and saves a walk over dW.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops import dispatch, reference
 from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
 from fastrl.ops.head import Coefs, HeadSpec, Saved, accumulation_dtype
+from fastrl.ops.once import no_second_derivative
 from fastrl.tokens import STAT_NAMES, TokenStats
 
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
@@ -174,7 +174,7 @@ class _LinearStatistics(torch.autograd.Function):
         return made
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx, *upstream):
         hidden, weight, bias, targets, top, log_sum, logprobs, entropy = ctx.saved_tensors
         call, acc = ctx.call, accumulation_dtype(hidden.dtype)

@@ -70,7 +70,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(
         1, "Batches of per_device_train_batch_size in one optimizer step, normalised together.", at_least=1
     )
-    per_device_eval_batch_size: int = flag(8, "Sequences (pairs, prompts) evaluated or sampled at once.", at_least=1)
+    per_device_eval_batch_size: int = flag(
+        8, "Accepted and without effect: max_tokens_per_device cuts evaluation too, and no result depends on it."
+    )
     max_tokens_per_device: int = flag(
         8192,
         "Tokens packed into one micro-batch. Changes memory, never results; a longer sequence goes alone.",

@@ -62,6 +62,9 @@ def start_run(config: TrainConfig) -> Iterator[Run]:
     path = Path(config.output_dir)
     if path.exists() and not path.is_dir():
         raise OutputDirError(f"--output_dir {path} is a file; give a directory")
+    model = Path(config.model_name_or_path).resolve()
+    if model.exists() and (model == path.resolve() or path.resolve() in model.parents):
+        raise OutputDirError(f"--model_name_or_path {model} lies in --output_dir {path}, which the run writes over")
     path.mkdir(parents=True, exist_ok=True)
     with lock(path):
         notes = [f"removed a partial save: {name}" for name in drop_partials(path)]
@@ -78,7 +81,8 @@ def start_run(config: TrainConfig) -> Iterator[Run]:
 def _choose(path: Path, config: TrainConfig, notes: list[str]) -> Checkpoint | None:
     asked = config.resume_from_checkpoint
     if asked is None:
-        if (path / METRICS_FILE).exists() or list_checkpoints(path):
+        metrics = path / METRICS_FILE
+        if (metrics.exists() and metrics.stat().st_size) or list_checkpoints(path):  # empty: it stopped before step 1
             raise OutputDirError(
                 f"--output_dir {path} already holds a run; add --resume_from_checkpoint auto to go on with it, "
                 "--overwrite_output_dir true to delete it, or give another directory"

@@ -13,6 +13,7 @@ import torch
 from fastrl.data import Limits, Report, Rows, encode_dpo, encode_prompts, encode_sft, load
 from fastrl.data.types import DataError
 from fastrl.models import PackedModel, load_causal_lm, load_reference, load_tokenizer, save_pretrained
+from fastrl.rewards import load_rewards
 from fastrl.rollout import TransformersSampler
 from fastrl.rollout.transformers import context_length
 from fastrl.train.config import DPOConfig, GRPOConfig, SFTConfig, TrainConfig
@@ -150,8 +151,6 @@ def grpo_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str
         return noted(notes, split, encode_prompts(rows, setting.tokenizer, longest, config.max_dropped_fraction))
 
     sampler = TransformersSampler(setting.model.model, setting.tokenizer)
-    from fastrl.rewards import load_rewards
-
     scorer = load_rewards(config.reward_funcs, config.reward_weights, setting.tokenizer)
     return GRPOStage(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)
 
