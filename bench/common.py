@@ -78,18 +78,67 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternate(calls: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each call, A B C A B C ... `rounds` times, so that a slow minute hits all alike; one warm-up each."""
+def cpu_seconds() -> tuple[float, float, float]:
+    """(clock, CPU seconds of the whole machine, CPU seconds of this process and the children it has waited for)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return time.monotonic(), 0.0, 0.0
+    # user nice system idle iowait irq softirq steal
+    ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
+    return time.monotonic(), (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+def disturbance(before: tuple, after: tuple) -> float:
+    """Cores that other processes (or the host) used meanwhile; negative rounding errors count as 0."""
+    elapsed, machine, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (machine - own) / max(elapsed, 1e-9))
+
+
+def undisturbed(call: Callable[[], Any], limit: float, tries: int = 20) -> Any:
+    """Call again until others used fewer than `limit` cores meanwhile; a busy machine is waited for."""
+    for left in reversed(range(tries)):
+        before = cpu_seconds()
+        result = call()
+        busy = disturbance(before, cpu_seconds())
+        if busy < limit:
+            return result
+        print(f"disturbed: others used {busy:.2f} cores; {left} tries left", file=sys.stderr, flush=True)
+        wait_until_quiet(limit)
+    raise RuntimeError(f"the machine never was quiet: others used {limit} cores or more in {tries} tries; see --quiet")
+
+
+def wait_until_quiet(limit: float, patience_s: float = 600.0) -> None:
+    """Return after two seconds in a row in which others used fewer than `limit` cores, or when patience ends."""
+    calm, began = 0, time.monotonic()
+    while calm < 2 and time.monotonic() - began < patience_s:
+        before = cpu_seconds()
+        time.sleep(1.0)
+        calm = calm + 1 if disturbance(before, cpu_seconds()) < limit else 0
+
+
+def timed(call: Callable[[], Any], device: str = "cpu") -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    del result
+    return seconds
+
+
+def alternate(
+    calls: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu", limit: float = 0.2
+) -> dict[str, list[float]]:
+    """Seconds of each call, A B C A B C ... `rounds` times after one warm-up, so that a slow minute hits all alike.
+
+    A call during which others used `limit` cores or more is timed again.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    for call in calls.values():
+        timed(call, device)
+    for _ in range(rounds):
         for name, call in calls.items():
-            synchronize(device)
-            began = time.perf_counter()
-            result = call()
-            synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-            del result
+            seconds[name].append(undisturbed(lambda call=call: timed(call, device), limit))
     return seconds
 
 
@@ -146,6 +195,15 @@ def in_subprocess(script: str, arguments: list[str], threads: int) -> dict[str, 
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def command() -> str:
+    """The command line that is running, to be repeated by a reader; where its output goes is left out."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
 
 
 def write_json(name: str, record: dict[str, Any], out: str | None = None) -> Path:

@@ -132,8 +132,10 @@ def fastrl_head(loss: str) -> Contender:
 def naive(loss: str) -> Contender:
     def run(problem: Problem) -> Result:
         hidden, weight = problem.leaves()
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = torch.log_softmax((hidden @ weight.t()).to(wide), 1).gather(1, problem.targets.unsqueeze(1)).squeeze(1)
+        # One expression: the logits die as soon as their log-softmax exists.
+        table = torch.log_softmax((hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)), 1)
+        logprobs = table.gather(1, problem.targets.unsqueeze(1)).squeeze(1)
+        del table
         return logprobs.detach(), *torch.autograd.grad(mean_loss(logprobs, problem, loss), (hidden, weight))
 
     return run
@@ -247,7 +249,7 @@ def measure(args: argparse.Namespace) -> dict:
     problem.truth = {}
     calls = {"three GEMMs": bare_gemms(problem)}
     calls |= {name: (lambda run=run: run(problem)) for name, run in built.items()}
-    seconds = common.alternate(calls, args.rounds, args.device)
+    seconds = common.alternate(calls, args.rounds, args.device, args.quiet)
     floor = common.summary(seconds.pop("three GEMMs"))
     contenders = {}
     for name in names:
@@ -259,6 +261,7 @@ def measure(args: argparse.Namespace) -> dict:
         contenders[name] = {**row, "error_vs_float64": accuracy[name]}
     return {
         "bench": "head_vs_gemm",
+        "command": common.command(),
         **shape_of(args),
         "clipped_tokens": round(problem.clipped, 4) if args.loss == "ppo_clip" else 0.0,
         "environment": common.environment(args.threads, args.device),
@@ -284,6 +287,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--old-noise", type=float, default=0.1, help="std of old minus present log-probs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quiet", type=float, default=0.2, help="time again if others used this many cores")
     parser.add_argument("--only", default="", help="contenders whose names hold one of these, separated by commas")
     parser.add_argument("--out", help="another file than bench/results/head_<loss>_<device>_<dtype>.json")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

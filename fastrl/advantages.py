@@ -18,7 +18,7 @@ def group_normalised(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
             (Dr. GRPO, Liu et al. 2025).
 
     Returns:
-        advantages [S] float32 (0 for unscored completions and for groups with fewer than two scored ones) and
+        advantages [S] float32 (0 for unscored completions and groups with fewer than two scored ones) and
         std [S] of each completion's group (0 where undefined).
     """
     if scale not in SCALES:

@@ -17,6 +17,7 @@ Optional attributes: `aggregate` (its default), `outputs` (statistics it reads b
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -47,6 +48,10 @@ class LossOutput:
 
 
 def scope_of(objective: Objective) -> str:
+    if not callable(objective):
+        raise ValueError(
+            f"objective is {objective!r}; expected a callable with a scope, as fastrl.losses.get(...) returns"
+        )
     scope = getattr(objective, "scope", None)
     if scope not in SCOPES:
         name = getattr(objective, "__name__", type(objective).__name__)
@@ -137,7 +142,11 @@ def _sequence_token_weight(batch: TokenBatch, aggregate: str, max_length: int | 
         return _like(batch, 1.0 / (sequences * max_length))
     if aggregate == "prompt_mean":
         return _prompt_weight(batch)
-    raise ValueError(f"aggregate is {aggregate!r}; expected one of {', '.join(AGGREGATES)} or a function of the batch")
+    near = difflib.get_close_matches(str(aggregate), AGGREGATES, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(
+        f"aggregate is {aggregate!r}{hint}; expected one of {', '.join(AGGREGATES)} or a function of the batch"
+    )
 
 
 def _prompt_weight(batch: TokenBatch) -> Tensor:

@@ -87,8 +87,7 @@ class TokenBatch:
             raise TypeError(f"targets must be int32 or int64, got {self.targets.dtype}")
         if self.cu_seqlens is None:
             self.cu_seqlens = torch.tensor([0, t], dtype=torch.int32, device=self.targets.device)
-        if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 1:
-            raise ValueError(f"cu_seqlens must be [S+1], got {list(self.cu_seqlens.shape)}")
+        self._check_boundaries(t)
         if self.mask is not None and self.mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (True = trained), got {self.mask.dtype}; use mask.bool()")
         for name in TOKEN_FIELDS[1:]:
@@ -100,6 +99,19 @@ class TokenBatch:
         adv = self.advantages
         if adv is not None and (adv.dim() != 1 or adv.shape[0] not in (t, s)):
             raise ValueError(f"advantages must be [T={t}] or [S={s}], got {list(adv.shape)}")
+
+    def _check_boundaries(self, t: int) -> None:
+        """Shape and dtype everywhere; the numbers themselves on the CPU, where reading them waits for nothing."""
+        cu = self.cu_seqlens
+        if cu.dim() != 1 or cu.numel() < 1:
+            raise ValueError(f"cu_seqlens must be [S+1], got {list(cu.shape)}")
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu.dtype}")
+        if cu.device.type != "cpu":
+            return
+        first, last = int(cu[0]), int(cu[-1])
+        if first != 0 or last != t or bool((cu.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must ascend from 0 to T={t}, the length of targets; got {cu.tolist()[:20]}")
 
     def _check(self, name: str, size: int, letter: str) -> None:
         value = getattr(self, name)

@@ -36,14 +36,19 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def widen_dots(x: Tensor) -> bool:
+    """Whether the kernels must widen x's dtype before a dot: numpy has no bfloat16."""
+    return interpreting() and x.dtype == torch.bfloat16
+
+
 def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
     """(N, V, H), or ValueError/TypeError naming both sides."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden is {list(hidden.shape)} but weight is {list(weight.shape)}; expected [N, H] and [V, H]")
+        raise ValueError(f"hidden is {list(hidden.shape)}, weight is {list(weight.shape)}; expected [N, H] and [V, H]")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
-            f"hidden is {hidden.dtype} and weight is {weight.dtype}; the kernels take one of float32, bfloat16, float16 "
-            "for both; use backend='torch' for other dtypes"
+            f"hidden is {hidden.dtype} and weight is {weight.dtype}; the kernels take one of float32, bfloat16, "
+            "float16 for both; use backend='torch' for other dtypes"
         )
     n, (v, h) = hidden.shape[0], weight.shape
     if targets.shape != (n,):
@@ -51,8 +56,13 @@ def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     if bias is not None and bias.shape != (v,):
         raise ValueError(f"bias is {list(bias.shape)} but weight is {list(weight.shape)}; expected [V={v}]")
     if v == 0 or v >= 2**31 or n >= 2**31:
-        raise ValueError(f"weight is [V={v}, H={h}] and hidden is [N={n}, H={h}]; the kernels take 0 < V and N, V < 2^31")
+        raise ValueError(f"hidden is [N={n}, H={h}], weight is [V={v}, H={h}]; the kernels take 0 < V and N, V < 2^31")
     return n, v, h
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """The vector x with unit stride: itself, or a copy of an expanded or strided view."""
+    return None if x is None else x.contiguous()
 
 
 def has_descriptor(x: Tensor) -> bool:

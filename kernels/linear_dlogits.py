@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ROW_GROUP, LogitScale, check_operands, descriptor, has_descriptor
+from .launch import ROW_GROUP, LogitScale, check_operands, descriptor, packed, widen_dots
 from .linear_tile import cut_columns, grouped, project_tile
 from .numerics import to_dlogits, to_logits
-from .tiles import LINEAR_DLOGITS, Tile, pick
+from .tiles import LINEAR_DLOGITS, Tile, operand_tile, pick
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def linear_dlogits_kernel(
     hidden, weight, bias, targets, outer_rows, top, rise, fall, at_target, dz, d_bias_parts,
     N, V, H, column0, stride_hn, stride_hk, stride_wv, stride_wk, stride_dn, inner, outer,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dz [N, V] (row stride stride_dn) for the V columns from column0 on; d_bias_parts [row blocks, V] or None."""
@@ -53,7 +53,7 @@ def linear_dlogits_kernel(
     inside = rows < N
     raw = project_tile(
         hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
-        BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, PRECISION,
+        BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, WIDEN,
     )  # fmt: skip
     target = (tl.load(targets + rows, mask=inside, other=-1).to(tl.int64) - column0).to(tl.int32)
     row_top = tl.load(top + rows, mask=inside, other=0.0)
@@ -99,7 +99,7 @@ def linear_dlogits(
     """dL/d(h.W + b) for a vocabulary slice.
 
     Args:
-        hidden: [N, H]. weight: [V', H], bias: [V'], the slice that starts at vocabulary column `column0`; a view is fine.
+        hidden: [N, H]. weight: [V', H], bias: [V'], the slice from vocabulary column `column0` on; views are fine.
         targets: [N] int, in the whole vocabulary's numbering. scale: as in the forward. rows: RowGradient.
         entropy: False when every rows.fall is zero. need_bias: also return the column sums.
         out: [N, V'] of hidden's dtype with unit inner stride, or None to allocate.
@@ -107,14 +107,14 @@ def linear_dlogits(
     Raises: ValueError, TypeError on operands that do not fit.
     """
     n, v, h = check_operands(hidden, weight, targets, bias)
+    targets, bias = packed(targets), packed(bias)
     out = hidden.new_empty((n, v)) if out is None else out
     if out.shape != (n, v) or out.stride(1) != 1 or out.dtype != hidden.dtype:
         raise ValueError(f"out is {list(out.shape)} {out.dtype}; expected [{n}, {v}] {hidden.dtype}, unit inner stride")
-    tile = tile or pick(LINEAR_DLOGITS, hidden)
+    tile, tma = operand_tile(tile or pick(LINEAR_DLOGITS, hidden), hidden, weight)
     blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(v, tile.columns)
     sums = torch.empty((blocks, v), dtype=torch.float32, device=hidden.device) if need_bias else None
     if n:
-        tma = tile.descriptors and has_descriptor(hidden) and has_descriptor(weight)
         inner, outer, outer_rows = scale.arguments()
         linear_dlogits_kernel[(blocks * tiles,)](
             descriptor(hidden, tile.rows, tile.depth) if tma else hidden,
@@ -122,7 +122,7 @@ def linear_dlogits(
             bias, targets, outer_rows, *rows.arguments(), out, sums,
             n, v, h, column0, *hidden.stride(), *weight.stride(), out.stride(0), inner, outer,
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_K=tile.depth, GROUP=ROW_GROUP,
-            TMA=tma, EVEN_K=h % tile.depth == 0, PRECISION="ieee",
+            TMA=tma, EVEN_K=h % tile.depth == 0, WIDEN=widen_dots(hidden),
             SOFTCAP=scale.softcap, ENTROPY=entropy, PARTS=tile.parts, **tile.options(),
         )  # fmt: skip
     return out, None if sums is None else sums.sum(0)

@@ -7,6 +7,7 @@ ranges are joined in a fixed order by a small second kernel: no atomics, the sam
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ROW_GROUP, LogitScale, check_operands, descriptor, has_descriptor, pick_splits, processor_count
+from .launch import (
+    ROW_GROUP,
+    LogitScale,
+    check_operands,
+    descriptor,
+    packed,
+    pick_splits,
+    processor_count,
+    widen_dots,
+)
 from .linear_tile import cut_columns, grouped, project_tile
 from .numerics import fold_tile, log1p, merge, to_logits
-from .tiles import LINEAR_STATS, Tile, pick
+from .tiles import LINEAR_STATS, Tile, operand_tile, pick
 
 
 # -- kernels -------------------------------------------------------------------------------------------------------
@@ -26,7 +36,7 @@ def linear_stats_kernel(
     hidden, weight, bias, targets, outer_rows, parts, firsts,
     N, V, H, splits, tiles_per_split, stride_hn, stride_hk, stride_wv, stride_wk, inner, outer,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ARGMAX: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """parts [5, splits, N] fp32 = (top, tail, weighted, squares, z of the target); firsts [splits, N] int32."""
@@ -53,7 +63,7 @@ def linear_stats_kernel(
         v0 = tile * BLOCK_V
         raw = project_tile(
             hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
-            BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, PRECISION,
+            BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, WIDEN,
         )  # fmt: skip
         pieces = cut_columns(raw, PARTS)
         for part in tl.static_range(PARTS):
@@ -81,8 +91,11 @@ def linear_stats_kernel(
 
 
 @triton.jit
-def finish_stats_kernel(parts, firsts, targets, out, hits, N, V, splits, columns_per_split, BLOCK: tl.constexpr):
-    """Join the ranges left to right. out [6, N] = (max, log_sum, logprobs, entropy, logsumexp, log_sum_sq_probs)."""
+def finish_stats_kernel(
+    parts, firsts, targets, out_max, out_log_sum, out_logprobs, out_entropy, out_lse, out_squares, out_hits,
+    N, V, splits, columns_per_split, log_v, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the ranges left to right; each output [N]."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N
     plane = tl.cast(splits, tl.int64) * N
@@ -109,13 +122,16 @@ def finish_stats_kernel(parts, firsts, targets, out, hits, N, V, splits, columns
     poison = tl.where(tl.abs(top) == float("inf"), float("nan"), 0.0)
     log_sum = log1p(tail) + poison
     logprobs = z_target - top - log_sum + tl.where(known, 0.0, float("nan"))
-    tl.store(out + rows, top, mask=inside)
-    tl.store(out + N + rows, log_sum, mask=inside)
-    tl.store(out + 2 * tl.cast(N, tl.int64) + rows, logprobs, mask=inside)
-    tl.store(out + 3 * tl.cast(N, tl.int64) + rows, log_sum + weighted / (1.0 + tail), mask=inside)
-    tl.store(out + 4 * tl.cast(N, tl.int64) + rows, top + log_sum, mask=inside)
-    tl.store(out + 5 * tl.cast(N, tl.int64) + rows, log1p(squares) - 2.0 * log_sum, mask=inside)
-    tl.store(hits + rows, (first == target).to(tl.int8), mask=inside)
+    # Rounding alone could carry a flat row's entropy above log V.
+    entropy = log_sum + weighted / (1.0 + tail)
+    entropy = tl.where(entropy > log_v, log_v, entropy)
+    tl.store(out_max + rows, top, mask=inside)
+    tl.store(out_log_sum + rows, log_sum, mask=inside)
+    tl.store(out_logprobs + rows, logprobs, mask=inside)
+    tl.store(out_entropy + rows, entropy, mask=inside)
+    tl.store(out_lse + rows, top + log_sum, mask=inside)
+    tl.store(out_squares + rows, log1p(squares) - 2.0 * log_sum, mask=inside)
+    tl.store(out_hits + rows, (first == target).to(tl.int8), mask=inside)
 
 
 # -- launchers -----------------------------------------------------------------------------------------------------
@@ -141,13 +157,14 @@ def new_parts(n: int, splits: int, like: Tensor) -> tuple[Tensor, Tensor]:
 def finish(parts: Tensor, firsts: Tensor, targets: Tensor, vocabulary: int, columns_per_split: int) -> RowStats:
     """Partial results -> statistics. Unasked statistics hold finite nonsense; the caller drops them."""
     _, splits, n = parts.shape
-    out = torch.empty((6, n), dtype=torch.float32, device=parts.device)
+    out = [torch.empty(n, dtype=torch.float32, device=parts.device) for _ in range(6)]
     hits = torch.empty(n, dtype=torch.int8, device=parts.device)
-    block = 256
-    finish_stats_kernel[(triton.cdiv(n, block),)](
-        parts, firsts, targets, out, hits, n, vocabulary, splits, columns_per_split, BLOCK=block
-    )  # fmt: skip
-    return RowStats(*out.unbind(0), hits.bool())
+    if n:
+        finish_stats_kernel[(triton.cdiv(n, 256),)](
+            parts, firsts, targets, *out, hits, n, vocabulary, splits, columns_per_split, math.log(vocabulary),
+            BLOCK=256, enable_fp_fusion=True,
+        )  # fmt: skip
+    return RowStats(*out, hits.bool())
 
 
 def linear_stats(
@@ -167,7 +184,8 @@ def linear_stats(
 
     Args:
         hidden: [N, H], weight: [V, H], one dtype of bfloat16, float16, float32; any strides (rows of 16-byte multiples
-            with unit inner stride take the fast load path). targets: [N] int; outside [0, V): that row's log-prob is NaN.
+            with unit inner stride take the fast load path).
+        targets: [N] int; outside [0, V): that row's log-prob is NaN.
         bias: [V] or None. scale: LogitScale, outer a float or float32 [N].
         entropy, squares, argmax: False leaves entropy, log_sum_sq_probs, is_argmax undefined, and costs less.
         tile, splits: overrides of the table's tile and of the number of column ranges.
@@ -177,14 +195,14 @@ def linear_stats(
     """
     n, v, h = check_operands(hidden, weight, targets, bias)
     scale = scale or LogitScale()
-    tile = tile or pick(LINEAR_STATS, hidden)
+    targets, bias = packed(targets), packed(bias)
+    tile, tma = operand_tile(tile or pick(LINEAR_STATS, hidden), hidden, weight)
     tiles, blocks = triton.cdiv(v, tile.columns), triton.cdiv(n, tile.rows)
     splits = min(splits or pick_splits(blocks, tiles, processor_count(hidden)), tiles)
     each = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, each)
     parts, firsts = new_parts(n, splits, hidden)
     if n:
-        tma = tile.descriptors and has_descriptor(hidden) and has_descriptor(weight)
         inner, outer, outer_rows = scale.arguments()
         linear_stats_kernel[(blocks * splits,)](
             descriptor(hidden, tile.rows, tile.depth) if tma else hidden,
@@ -192,7 +210,7 @@ def linear_stats(
             bias, targets, outer_rows, parts, firsts,
             n, v, h, splits, each, *hidden.stride(), *weight.stride(), inner, outer,
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_K=tile.depth, GROUP=ROW_GROUP,
-            TMA=tma, EVEN_K=h % tile.depth == 0, PRECISION="ieee",
+            TMA=tma, EVEN_K=h % tile.depth == 0, WIDEN=widen_dots(hidden),
             SOFTCAP=scale.softcap, ENTROPY=entropy, SQUARES=squares, ARGMAX=argmax,
             PARTS=tile.parts, **tile.options(),
         )  # fmt: skip

@@ -18,15 +18,19 @@ def grouped(pid, blocks, ranges, GROUP: tl.constexpr):
 def project_tile(
     hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits hidden[n0:, :] @ weight[v0:, :].T in fp32. Rows and columns past the end hold anything."""
+    """Raw logits hidden[n0:, :] @ weight[v0:, :].T in fp32. Rows and columns past the end hold anything.
+
+    WIDEN is for the interpreter, whose dot reads bfloat16 as integers; products of bfloat16 are exact in fp32."""
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if TMA:
         for k in range(0, H, BLOCK_K):
             a = hidden.load([n0, k])
             b = weight.load([v0, k])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
     else:
         # Clamped instead of masked: a repeated last row is read in bounds and never used.
         rows = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -41,7 +45,9 @@ def project_tile(
             else:
                 a = tl.load(a_ptr, mask=ks[None, :] < H - k, other=0.0)
                 b = tl.load(b_ptr, mask=ks[:, None] < H - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
             a_ptr += tl.cast(stride_hk, tl.int64) * BLOCK_K
             b_ptr += tl.cast(stride_wk, tl.int64) * BLOCK_K
     return acc

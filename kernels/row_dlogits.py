@@ -1,8 +1,8 @@
 """Raw logits in memory -> dL/d(raw logits), in the same memory: the second half of the one-pass loss.
 
-Half-precision heads: row r's float32 logits (4 V bytes) make room for its 2-byte dlogits, which go to the first half of
-the row; the second half is then free, and `compact_rows` gathers the rows with a nonzero coefficient there. Every source
-lies in a first half and every destination in a second half, so that the gather needs no other memory and no order.
+Half-precision heads: row r's float32 logits (4 V bytes) make room for its 2-byte dlogits, which go to the first half
+of the row; the second half is then free, and `compact_rows` gathers the rows with a nonzero coefficient there. Every
+source lies in a first half and every destination in a second one: the gather needs no other memory and no order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LogitScale
+from .launch import LogitScale, packed
 from .linear_dlogits import RowGradient
 from .numerics import to_dlogits, to_logits
 from .row_stats import check_rows
@@ -41,17 +41,16 @@ def row_dlogits_kernel(
     source = raw + row * stride_n
     out = dz + row * stride_dn
     for v0 in range(0, V, BLOCK_V):
-        col = v0 + tl.arange(0, BLOCK_V)
+        col = (v0 + tl.arange(0, BLOCK_V))[None, :]
         z = tl.load(source + col, mask=col < V, other=0.0)
         if bias is not None:
             z += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)
         z, t = to_logits(z, inner, scale, SOFTCAP)
-        z = z[None, :]
-        hit = col[None, :] == target[:, None]
-        d = to_dlogits(z, t[None, :], hit, row_top, row_rise, row_fall, row_target, SOFTCAP, ENTROPY)
+        hit = col == target[:, None]
+        d = to_dlogits(z, t, hit, row_top, row_rise, row_fall, row_target, SOFTCAP, ENTROPY)
         # All threads have read this block before any of them writes over it.
         tl.debug_barrier()
-        tl.store(out + col[None, :], d.to(dz.dtype.element_ty), mask=(col < V)[None, :])
+        tl.store(out + col, d.to(dz.dtype.element_ty), mask=col < V)
 
 
 @triton.jit
@@ -82,9 +81,12 @@ def row_dlogits(
     Raises: ValueError on operands that do not fit.
     """
     check_rows(raw, targets, bias)
+    targets, bias = packed(targets), packed(bias)
     n, v = raw.shape
-    if out.shape != raw.shape or out.stride(0) * out.element_size() != raw.stride(0) * 4 or out.data_ptr() != raw.data_ptr():
-        raise ValueError(f"out is {list(out.shape)} {out.dtype}, strides {out.stride()}; expected raw's own rows, reinterpreted")
+    same_rows = out.data_ptr() == raw.data_ptr() and out.stride(0) * out.element_size() == raw.stride(0) * 4
+    if out.shape != raw.shape or not same_rows:
+        got = f"{list(out.shape)} {out.dtype}, strides {out.stride()}"
+        raise ValueError(f"out is {got}; expected raw's own rows, reinterpreted")
     tile = tile or pick(ROWS, raw)
     if n:
         inner, outer, outer_rows = scale.arguments()
@@ -98,7 +100,8 @@ def row_dlogits(
 def compact_rows(source: Tensor, rows: Tensor, out: Tensor, tile: Tile | None = None) -> Tensor:
     """out [K, V] = source[rows], rows [K] int; source and out must not overlap."""
     if out.shape != (rows.shape[0], source.shape[1]) or out.dtype != source.dtype:
-        raise ValueError(f"out is {list(out.shape)} {out.dtype}; expected [{rows.shape[0]}, {source.shape[1]}] {source.dtype}")
+        expected = f"[{rows.shape[0]}, {source.shape[1]}] {source.dtype}"
+        raise ValueError(f"out is {list(out.shape)} {out.dtype}; expected {expected}")
     tile = tile or pick(ROWS, source)
     k, v = out.shape
     if k:

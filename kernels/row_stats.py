@@ -6,11 +6,12 @@ ranges. The logits are only read: bias, scale, softcap and temperature are appli
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LogitScale, pick_splits, processor_count
+from .launch import LogitScale, packed, pick_splits, processor_count
 from .linear_stats import RowStats, finish, new_parts
 from .numerics import fold_tile, to_logits
 from .tiles import ROWS, Tile, pick
@@ -44,12 +45,13 @@ def row_stats_kernel(
     end = tl.minimum(begin + tiles_per_split, tl.cdiv(V, BLOCK_V))
     for tile in range(begin, end):
         col = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        z = tl.load(source + col, mask=col < V, other=0.0)
+        wide = col[None, :]
+        z = tl.load(source + wide, mask=wide < V, other=0.0)
         if bias is not None:
-            z += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)
+            z += tl.load(bias + wide, mask=wide < V, other=0.0).to(tl.float32)
         z, _ = to_logits(z, inner, scale, SOFTCAP)
-        z = tl.where(col < V, z, float("-inf"))[None, :]
-        at_target += tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
+        z = tl.where(wide < V, z, float("-inf"))
+        at_target += tl.sum(tl.where(wide == target[:, None], z, 0.0), 1)
         top, tail, first, weighted, squares = fold_tile(
             z, col, top, tail, first, weighted, squares, ENTROPY, SQUARES, ARGMAX
         )  # fmt: skip
@@ -81,6 +83,7 @@ def row_stats(
     Returns: RowStats, [N] each. Raises: ValueError on operands that do not fit.
     """
     check_rows(raw, targets, bias)
+    targets, bias = packed(targets), packed(bias)
     n, v = raw.shape
     scale = scale or LogitScale()
     tile = tile or pick(ROWS, raw)
@@ -101,8 +104,9 @@ def row_stats(
 
 def check_rows(raw: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """ValueError unless raw is [N, V] float32 with unit inner stride and the vectors fit it."""
-    if raw.dim() != 2 or raw.dtype.itemsize != 4 or not raw.is_floating_point() or (raw.shape[1] > 1 and raw.stride(1) != 1):
-        raise ValueError(f"raw is {list(raw.shape)} {raw.dtype}, strides {raw.stride()}; expected [N, V] float32, unit inner")
+    if raw.dim() != 2 or raw.dtype != torch.float32 or (raw.shape[1] > 1 and raw.stride(1) != 1):
+        got = f"{list(raw.shape)} {raw.dtype}, strides {raw.stride()}"
+        raise ValueError(f"raw is {got}; expected [N, V] float32 with unit inner stride")
     n, v = raw.shape
     if targets.shape != (n,):
         raise ValueError(f"targets is {list(targets.shape)} but raw is {list(raw.shape)}; expected [N={n}]")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .launch import interpreting
+from .launch import has_descriptor, interpreting
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ ROWS = {
     "gfx942": Tile(1, 4096, num_warps=8),
     "interpreter": Tile(1, 32),
 }
+# Operands that no tensor map can describe (unaligned rows, transposed weights), on chips whose tile wants one.
+POINTERS = LINEAR_STATS["sm_80"]
 # fp32 operands take twice the shared memory and run on the vector units.
 FP32_LINEAR = Tile(64, 64, 32, 4, 2)
 
@@ -69,10 +71,19 @@ def pick(table: dict[str, Tile], x: Tensor) -> Tile:
     """The tile for tensor x's device; ValueError off the GPU unless interpreting."""
     if x.device.type != "cuda" and not interpreting():
         raise ValueError(
-            f"hidden is on {x.device}; the Triton kernels need a CUDA or ROCm tensor (or TRITON_INTERPRET=1, set before "
-            "triton is imported); use backend='torch'"
+            f"hidden is on {x.device}; the Triton kernels need a CUDA or ROCm tensor (or TRITON_INTERPRET=1, "
+            "set before triton is imported); use backend='torch'"
         )
     name = architecture(x.device.index if x.device.type == "cuda" else -1)
     if x.dtype == torch.float32 and table is not ROWS and name != "interpreter":
         return FP32_LINEAR
     return table[name]
+
+
+def operand_tile(tile: Tile, hidden: Tensor, weight: Tensor) -> tuple[Tile, bool]:
+    """(tile, whether to read through tensor maps); without them a tile made for them gives way to POINTERS."""
+    if not tile.descriptors:
+        return tile, False
+    if has_descriptor(hidden) and has_descriptor(weight):
+        return tile, True
+    return (tile if interpreting() else POINTERS), False

@@ -184,9 +184,9 @@ def step(seed: int = 0, lengths=(5, 0, 3, 1, 7, 4), v: int = 37, logprobs: Tenso
     g = torch.Generator().manual_seed(seed)
     t, s = sum(lengths), len(lengths)
     randn = lambda: torch.randn(t, generator=g, dtype=torch.float64)  # noqa: E731
-    d = torch.tensor([-0.9, -0.45, -0.1, 0.0, 0.08, 0.5, 1.6], dtype=torch.float64)
+    d = torch.tensor([-0.9, -0.45, -0.27, -0.1, 0.0, 0.08, 0.21, 0.5, 1.6], dtype=torch.float64)
     ratio = d[torch.randint(0, len(d), (t,), generator=g)] * spread / 0.7
-    base = torch.log(torch.rand(t, generator=g, dtype=torch.float64)) - 1 if logprobs is None else logprobs
+    base = torch.zeros(t, dtype=torch.float64) if logprobs is None else logprobs
     targets = torch.randint(0, v, (t,), generator=g)
     mask = torch.rand(t, generator=g) < 0.75
     ignored = int(mask.nonzero()[1])
@@ -231,7 +231,7 @@ def aggregate_of(values: list[Tensor], how: str, sequences: Sequences, max_lengt
     return total
 
 
-# -- the papers' formulas: (log pi [n], entropy [n], sequences, i, options) -> loss of each token [n] -------------------
+# -- the papers' formulas: (log pi [n], entropy [n], sequences, i, options) -> loss of each token [n] ----------------
 def kl_term(kind: str, logp: Tensor, ref: Tensor) -> Tensor:
     log_r = ref - logp  # Schulman 2020: r = ref / pi
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": torch.exp(log_r) - 1 - log_r}[kind]
@@ -273,7 +273,8 @@ def _dpo(logps: list[Tensor], sequences: Sequences, o: dict) -> Tensor:
     eps, losses = o.get("label_smoothing", 0.0), []
     for chosen, rejected in zip(gain[0::2], gain[1::2], strict=True):
         m = o.get("beta", 0.1) * (chosen - rejected)
-        losses.append((1 - eps) * F.softplus(-m) + eps * F.softplus(m))
+        rest = torch.log1p(torch.exp(-m.abs()))  # -log sigmoid(m) = relu(-m) + log(1 + e^-|m|)
+        losses.append((1 - eps) * (torch.relu(-m) + rest) + eps * (torch.relu(m) + rest))
     return torch.stack(losses).mean()
 
 

@@ -96,7 +96,8 @@ def test_the_token_budget_changes_memory_and_never_the_result(stage, place, tmp_
     if stage == "grpo":  # the same completions in both runs: one rollout, all updates on it
         options |= {"steps_per_generation": 1, "num_iterations": 2}
     large, small = (
-        run(config_of(stage, place, tmp_path / str(n), max_tokens_per_device=n, **options)).output_dir for n in (4096, 20)
+        run(config_of(stage, place, tmp_path / str(n), max_tokens_per_device=n, **options)).output_dir
+        for n in (4096, 20)
     )
     assert records(large, "loss") == pytest.approx(records(small, "loss"), rel=1e-5, abs=1e-6)
     assert records(large, "grad_norm") == pytest.approx(records(small, "grad_norm"), rel=1e-4)
@@ -175,7 +176,8 @@ def test_dpo_starts_at_log_two_and_learns(place, tmp_path):
 
 
 def test_grpo_raises_the_reward(place, tmp_path):
-    out = run(config_of("grpo", place, tmp_path, max_steps=30, learning_rate=5e-3, per_device_train_batch_size=32)).output_dir
+    options = {"max_steps": 30, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
+    out = run(config_of("grpo", place, tmp_path, **options)).output_dir
     rewards = records(out, "reward")
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 

@@ -47,7 +47,8 @@ def sums(count: int, seed: int) -> list[dict]:
     for _ in range(count):
         a, b = draw.randint(0, 9), draw.choice([draw.randint(0, 9), draw.randint(10, 99)])
         right = str(a + b)
-        rows.append({"prompt": f"{a}+{b}=", "completion": right, "answer": right, "chosen": right, "rejected": f"{a}{b} ?"})
+        answers = {"completion": right, "answer": right, "chosen": right, "rejected": f"{a}{b} ?"}
+        rows.append({"prompt": f"{a}+{b}=", **answers})
     return rows
 
 

@@ -117,6 +117,7 @@ def encode_prompts(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length leaves {max_length} tokens for the prompt; lower the completion length")
     table, form = _prepare(rows, tokenizer, "grpo")
+    _check_prompt_end(tokenizer, form)
     report, prompts, empty = Report(total=len(table)), [], []
     for i, (where, [ids]) in enumerate(_prompt_ids(table, tokenizer, form)):
         if not ids:
@@ -174,6 +175,15 @@ def _check_assistant_masks(tokenizer: Any, form: Format) -> None:
         raise DataError(
             "assistant_only_loss needs a chat template with {% generation %} ... {% endgeneration %} around what the "
             "assistant says, the tokenizer's has none; edit it, or use prompt + completion columns"
+        )
+
+
+def _check_prompt_end(tokenizer: Any, form: Format) -> None:
+    """A tokenizer that ends every text with EOS would ask the model to go on after the end."""
+    if not form.conversational and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise DataError(
+            f"the tokenizer ends every text with {tokenizer.eos_token!r}, so nothing can follow a prompt; set "
+            "tokenizer.add_eos_token=False and save it again"
         )
 
 

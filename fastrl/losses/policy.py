@@ -41,6 +41,9 @@ class Reinforce:
     def __post_init__(self):
         if self.kl not in KINDS:
             raise ValueError(f"kl is {self.kl!r}; expected one of {', '.join(KINDS)}")
+        for name in ("kl_coef", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -78,9 +81,9 @@ class PPOClip(Reinforce):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+        if not (0 <= self.clip_low <= 1 and 0 <= self.clip_high < math.inf):
             raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(f"dual_clip must exceed 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
 
     def bounds(self, d: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,3 +139,8 @@ class DrGRPO(PPOClip):
 
     max_length: int = 0
     aggregate: ClassVar[str] = "constant"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length < 0:
+            raise ValueError(f"max_length must be the completion limit in tokens, got {self.max_length}")

@@ -1,162 +1,166 @@
 """Attention over packed sequences, told by their boundaries, through transformers' attention interface.
 
-`fastrl_packed` reads a `Packing` that the model's forward hands down as a keyword. Without one (generation with a KV
-cache, plain calls) it is transformers' SDPA. On the CPU, and wherever no varlen kernel fits, every sequence is attended
-by itself, sequences of one length together: no token is padded and no [T, T] mask exists.
+The implementation reads a `Packing` that the model's forward hands down to every layer as a keyword, so that it is there
+again when gradient checkpointing recomputes a layer. Without one (generation with a KV cache, plain calls) it is the
+implementation that transformers would have used: two names are registered, one over SDPA and one over eager attention.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections import defaultdict
-from dataclasses import dataclass, field
+import inspect
+import sys
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
+
+from fastrl.models.exact import Scores, attend_packed
+from fastrl.models.packing import Packing
 
 NAME = "fastrl_packed"
+NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}  # transformers' own -> ours over it
+# Keywords that layers pass and that change nothing here. Any other one that is set is refused by name.
+HARMLESS = {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal",
+    "position_embeddings", "past_key_values", "layer_idx", "deterministic", "logits_to_keep", "labels",
+    "token_type_ids", "mm_token_type_ids", "cache",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Boundaries of S sequences in T packed tokens. groups: sequences of equal length, attended in one call."""
-
-    cu_seqlens: Tensor  # [S+1] int32 on the device
-    bounds: tuple[int, ...]  # the same on the host
-    groups: tuple[tuple[Tensor, int, int], ...] = ()  # (rows [n*L], n, L)
-    inverse: Tensor | None = None  # [T]: puts the concatenated groups back in order; None if they are in order
-    max_seqlen: int = field(default=0)
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor) -> Packing:
-        bounds = tuple(cu_seqlens.tolist())
-        starts = defaultdict(list)
-        for a, b in zip(bounds, bounds[1:], strict=False):
-            if b > a:
-                starts[b - a].append(a)
-        groups, order = [], []
-        for length, at in starts.items():
-            rows = (torch.tensor(at)[:, None] + torch.arange(length)).reshape(-1)
-            groups.append((rows.to(cu_seqlens.device), len(at), length))
-            order.append(rows)
-        rows = torch.cat(order) if order else torch.zeros(0, dtype=torch.long)
-        in_order = bool((rows == torch.arange(rows.shape[0])).all())
-        inverse = None if in_order else torch.argsort(rows).to(cu_seqlens.device)
-        return cls(cu_seqlens.to(torch.int32), bounds, tuple(groups), inverse, max(starts, default=0))
+class UnsupportedModelError(ValueError):
+    """The architecture cannot be trained here: the message names it and what disagrees."""
 
 
 def packed_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,  # [1, heads, T, d]
     key: Tensor,  # [1, kv heads, T, d]
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    *,
+    packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    packing: Packing | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; returns [1, T, heads, d]."""
+    """transformers' attention signature -> ([1, T, heads, d], None). Raises UnsupportedModelError on what it ignores."""
     if packing is None:
-        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, others)
-    if others.get("position_bias") is not None:
-        raise ValueError("packed attention knows no position_bias; load the model with attn_implementation='eager'")
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type == "cuda" and half and s_aux is None:
-        made = _varlen(query, key, value, dropout, scaling, sliding_window, softcap, packing)
-        if made is not None:
-            return made, None
-    return _by_sequence(query, key, value, dropout, scaling, sliding_window, (softcap, s_aux), packing), None
+        present = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        others |= {name: x for name, x in present.items() if x is not None}
+        plain = _plain(module)
+        return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    _refuse_unknown(module, query, key, packing, others)
+    packing, window = _visible(module, packing, sliding_window)
+    scores = Scores(scaling, window, softcap, s_aux, dropout)
+    kernel = _varlen_kernel(query, value, scores)
+    if kernel is None:
+        return attend_packed(query, key, value, packing, scores), None
+    return kernel(*(x[0].transpose(0, 1) for x in (query, key, value)), packing, scores).unsqueeze(0), None
 
 
-def _by_sequence(query, key, value, dropout, scaling, window, extras: tuple, packing: Packing) -> Tensor:
-    """Each sequence by itself; those of one length are the batch of one call."""
-    parts = []
-    for rows, n, length in packing.groups:
-        whole = len(packing.groups) == 1 and packing.inverse is None
-        q, k, v = (_unpack(x, None if whole else rows, n, length) for x in (query, key, value))
-        mask = None
-        if window is not None and length > window:
-            near = torch.arange(length, device=query.device)
-            near = near[:, None] - near[None, :]
-            mask = (near >= 0) & (near < window)
-        if any(x is not None for x in extras):
-            out = _eager(q, k, v, mask, dropout, scaling, *extras)
-        else:
-            gqa = q.shape[1] != k.shape[1]
-            out = scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )
-        parts.append(out.transpose(1, 2).reshape(n * length, out.shape[1], out.shape[3]))
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (joined if packing.inverse is None else joined[packing.inverse]).unsqueeze(0)
+def _refuse_unknown(module: nn.Module, query: Tensor, key: Tensor, packing: Packing, others: dict) -> None:
+    name = type(module).__name__
+    for argument, x in others.items():
+        if x is not None and argument not in HARMLESS:
+            raise UnsupportedModelError(f"{name} passes {argument!r}, which packed attention does not know")
+    if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{name} is not causal; packed attention is")
+    if not query.shape[0] == 1 or not query.shape[2] == key.shape[2] == packing.bounds[-1]:
+        raise UnsupportedModelError(
+            f"{name} attends from {list(query.shape)} to {list(key.shape)}; packed attention needs [1, heads, "
+            f"T={packing.bounds[-1]}, d] on both sides"
+        )
 
 
-def _unpack(x: Tensor, rows: Tensor | None, n: int, length: int) -> Tensor:
-    """[1, heads, T, d] -> [n, heads, L, d] of the given rows."""
-    x = x[0] if rows is None else x[0].index_select(1, rows)
-    return x.reshape(x.shape[0], n, length, x.shape[2]).transpose(0, 1)
+def _visible(module: nn.Module, packing: Packing, sliding_window: int | None) -> tuple[Packing, int | None]:
+    """What a layer may see. Where the config lists the kind of each layer, that is what transformers' masks follow."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds is not None and index is not None and index < len(kinds) else None
+    if kind == "full_attention":
+        return packing, None
+    if kind == "chunked_attention":
+        return packing.chunked(config.attention_chunk_size), None
+    if kind == "sliding_attention":
+        return packing, sliding_window or config.sliding_window
+    return packing, sliding_window
 
 
-def _eager(q, k, v, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None, sinks) -> Tensor:
-    """Softmax attention with capped scores and sinks [heads]. mask: bool (True = attend), additive, or None: causal."""
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        rows, columns = scores.shape[-2:]
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:  # one more column that takes probability and gives nothing
-        sink = sinks.view(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    p = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
-    p = p.nan_to_num(0.0)[..., : k.shape[2]]  # a row of padding attends to nothing
-    return torch.nn.functional.dropout(p, dropout) @ v
-
-
-def _varlen(query, key, value, dropout, scaling, window, softcap, packing: Packing) -> Tensor | None:
-    """flash-attn if installed, else torch's varlen kernel, else None. Half precision on CUDA only."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-    cu, longest = packing.cu_seqlens, packing.max_seqlen
-    near = (-1 if window is None else window - 1, 0)
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        options = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True, "softcap": softcap or 0.0}
-        window_size = (near[0], 0 if window else -1)
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, window_size=window_size, **options).unsqueeze(0)
-    if softcap is not None or dropout or q.shape[-1] > 256:
-        return None
-    from torch.nn.attention.varlen import varlen_attn
-
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=near).unsqueeze(0)
-
-
-def _unpacked(module, query, key, value, mask, dropout, scaling, softcap, sinks, others: dict) -> tuple[Tensor, None]:
-    """Padded batches, with or without a cache."""
+def _plain(module: nn.Module):
+    """The implementation that ours stands in for."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if softcap is not None or sinks is not None:
-        out = _eager(query, key, value, mask, dropout, scaling, softcap, sinks)
-        return out.transpose(1, 2).contiguous(), None
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **others)
+    if module.config._attn_implementation != NAMES["eager"]:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"]
+    homes = (sys.modules[c.__module__] for c in type(module).__mro__)
+    return next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
 
 
+# -- varlen kernels: half precision on CUDA ----------------------------------------------------------------------------
+def _varlen_kernel(query: Tensor, value: Tensor, scores: Scores):
+    """flash-attn's if installed, else torch's, else None where neither computes these scores."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type != "cuda" or not half or scores.sinks is not None:
+        return None
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return None
+    if _has("flash_attn"):
+        return _flash_attn
+    if _has("torch.nn.attention.varlen") and scores.softcap is None and scores.dropout == 0.0:
+        return _torch_varlen if scores.window is None or "window_size" in _varlen_options() else None
+    return None
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scores: Scores) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    return flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest,
+        dropout_p=scores.dropout, softmax_scale=scores.scaling, causal=True,
+        window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0), softcap=scores.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scores: Scores) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest, known = packing.cu_seqlens, packing.max_seqlen, _varlen_options()
+    back = -1 if scores.window is None else scores.window - 1
+    options = {"window_size": (back, 0)} if "window_size" in known else {"is_causal": True}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scores.scaling, **options)
+
+
+@functools.cache
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def _varlen_options() -> frozenset[str]:
+    """What this torch's varlen_attn can be told: its options grew between 2.11 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
 def register() -> str:
-    """Make the implementation known to transformers; returns its name. Padded calls get SDPA's masks."""
+    """Make both names known to transformers; returns the one over SDPA. Padded calls get the masks of what it covers."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for plain, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        AttentionInterface.register(NAMES[plain], packed_attention)
+        AttentionMaskInterface.register(NAMES[plain], mask)
     return NAME

@@ -12,44 +12,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.models.attention import UnsupportedModelError
 from fastrl.objective import LossOutput, Objective
 from fastrl.ops import fused_loss, linear_logprobs
 from fastrl.tokens import TokenBatch, TokenStats
 
-# Config fields that multiply or divide the logits of an architecture after its head.
-MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-TIMES_LOGITS_SCALING = ("hyperclovax",)  # the one architecture that multiplies by what the others divide by
+# Config fields by what the architecture does with them around its head: h * before, then z * scale, then softcap.
+SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+DIVISORS = ("logits_scaling",)  # Granite
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+EXCEPTIONS = {  # model_type -> (before: divisor, scale: multiplier, softcap)
+    "hyperclovax": (None, "logits_scaling", None),
+    "minicpm3": ("logits_scaling", None, None),
+    "inkling_text": ("logits_mup_width_multiplier", None, None),
+    "gemma3": (None, None, None),  # the text-and-image class leaves the cap out
+}
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """z = softcap * tanh(scale * (h.W + b) / softcap), as the architecture does it after its head."""
+    """z = softcap * tanh(scale * ((before * h).W + b) / softcap), as the architecture does it around its head."""
 
     scale: float = 1.0
     softcap: float | None = None
+    before: float = 1.0
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read from a transformers config. What it misses is caught by the parity check at load."""
+        """Read from a transformers config. The parity check at load holds it against the model itself."""
         text = config.get_text_config()
-        scale = 1.0
-        for name in MULTIPLIERS:
-            scale *= getattr(text, name, None) or 1.0
-        for name in DIVISORS:
-            divisor = getattr(text, name, None) or 1.0
-            scale = scale * divisor if text.model_type in TIMES_LOGITS_SCALING else scale / divisor
-        caps = [cap for name in SOFTCAPS if (cap := getattr(text, name, None))]
-        return cls(float(scale), float(caps[0]) if caps else None)
+
+        def read(*names: str | None) -> float | None:
+            return next((float(x) for n in names if n is not None and (x := getattr(text, n, None))), None)
+
+        if config.model_type in EXCEPTIONS:
+            before, scale, cap = EXCEPTIONS[config.model_type]
+            return cls(read(scale) or 1.0, read(cap), 1.0 / (read(before) or 1.0))
+        return cls((read(*SCALES) or 1.0) / (read(*DIVISORS) or 1.0), read(*SOFTCAPS))
+
+    def after(self, z: Tensor) -> Tensor:
+        """What becomes of the bare output of the linear layer."""
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 class LMHead(nn.Linear):
-    """forward(hidden) -> logits of the bare linear layer, as transformers expects; with keywords, the fused operators.
+    """forward(hidden) -> output of the bare linear layer, as transformers expects; with keywords, the fused operators.
 
-    head(hidden [R, H], targets=[R], outputs=..., temperature=...) -> TokenStats
+    head(hidden [..., H], targets=[...], outputs=..., temperature=...) -> TokenStats
     head(hidden [R, H], objective=..., batch=..., temperature=...) -> LossOutput
-    The architecture's scale and softcap are applied in both fused forms.
+    The architecture's scale and softcap are applied in both fused forms (transformers applies them itself otherwise).
     """
 
     transform: LogitTransform
@@ -57,6 +69,8 @@ class LMHead(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, transform: LogitTransform) -> LMHead:
         """Same Parameters, no copy."""
+        if linear.bias is not None and transform.before != 1.0:
+            raise UnsupportedModelError("an LM head with a bias, whose input the architecture scales, has no fused form")
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         head.weight, head.bias, head.transform = linear.weight, linear.bias, transform
@@ -73,7 +87,30 @@ class LMHead(nn.Linear):
     ) -> Tensor | TokenStats | LossOutput:
         if targets is None and objective is None:
             return super().forward(hidden)
-        options |= {"logit_scale": self.transform.scale, "softcap": self.transform.softcap}
+        if (objective is None) != (batch is None):
+            raise ValueError("objective and batch go together; pass both for a loss, or targets alone for log-probs")
+        hidden = hidden.to(self.weight.dtype)  # a float32 head over a bfloat16 body, as some architectures have it
+        options = {"logit_scale": self.transform.scale * self.transform.before, "softcap": self.transform.softcap} | options
         if objective is not None:
             return fused_loss(objective, hidden, self.weight, batch, self.bias, **options)
         return linear_logprobs(hidden, self.weight, targets, self.bias, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] logits of final hidden states, formed: for checks on a few rows."""
+        return self.transform.after(super().forward(hidden.to(self.weight.dtype) * self.transform.before))
+
+
+def install_head(model: nn.Module) -> LMHead:
+    """Put an LMHead where the model keeps its output layer, under the same name and with the same Parameters."""
+    old, name = model.get_output_embeddings(), type(model).__name__
+    if isinstance(old, LMHead):
+        return old
+    if type(old) is not nn.Linear:
+        raise UnsupportedModelError(f"{name} has no plain linear LM head, got {type(old).__name__}")
+    path = next((path for path, module in model.named_modules() if module is old), None)
+    if path is None:
+        raise UnsupportedModelError(f"{name} keeps its LM head outside of its modules")
+    parent, _, leaf = path.rpartition(".")
+    head = LMHead.from_linear(old, LogitTransform.of(model.config))
+    setattr(model.get_submodule(parent), leaf, head)
+    return head

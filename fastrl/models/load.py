@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory or hub name, and back to one. No code that comes with a model is ever run."""
+"""Models and tokenizers from a directory or hub name. No code that comes with a model is ever run, nothing unpickled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
-from fastrl.models.attention import register
-from fastrl.models.packed import PackedModel, UnsupportedModelError, check_parity
+from fastrl.models.attention import NAMES, UnsupportedModelError
+from fastrl.models.check import check_parity, pack_model
+from fastrl.models.packed import PackedModel
+
+# The packed one (None), or one of transformers' own by name. A hub path here would fetch a kernel, which is code.
+ATTENTION = (*NAMES.values(), "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 def load_causal_lm(
@@ -23,31 +27,38 @@ def load_causal_lm(
 
     Args:
         path: directory or hub name. dtype: of the weights; None means float32, "auto" the saved one.
-        attn_implementation: None is the packed one; any of transformers' others runs one sequence at a time.
+        attn_implementation: None is the packed one. "flash_attention_2" and _3 are transformers' own, packed too;
+            "sdpa", "eager" and "flex_attention" are run one sequence at a time.
         tokenizer: if given, its vocabulary must fit the model's.
 
     Raises: UnsupportedModelError for an architecture that only runs with code of its own, has no linear head, or whose
-        logits are not those of its head; ValueError if the tokenizer knows more tokens than the model.
+        logits are not those of its head; ValueError if the directory lacks a model or weights of it, if the tokenizer
+        knows more tokens than the model, or if attn_implementation is not in ATTENTION.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if attn_implementation is not None and attn_implementation not in ATTENTION:
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {', '.join(ATTENTION)}")
+    refuse_foreign_code(path, revision)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(f"{path} is a {config.model_type!r} model, which is no causal LM that transformers knows")
-    model = AutoModelForCausalLM.from_pretrained(
+    ours = attn_implementation is None or attn_implementation in NAMES.values()
+    model, found = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         dtype=torch.float32 if dtype is None else dtype,
-        attn_implementation=attn_implementation or register(),
+        attn_implementation=None if ours else attn_implementation,
         trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
     )
+    refuse_incomplete(path, found)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model, path)
+    if ours or attn_implementation.startswith("flash_attention"):
+        return pack_model(model)
     packed = PackedModel(model)
-    vocabulary = packed.head.weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > vocabulary:
-        raise ValueError(
-            f"the tokenizer of {path} has {len(tokenizer)} tokens but the model's head only {vocabulary}; use the "
-            "tokenizer it was trained with, or resize the model's embeddings and save it first"
-        )
     check_parity(packed)
     return packed
 
@@ -58,14 +69,45 @@ def load_reference(path: str | Path, dtype=None, attn_implementation: str | None
 
 
 def load_tokenizer(path: str | Path, *, revision: str = "main") -> Any:
-    """The tokenizer saved with the model."""
+    """The tokenizer saved with the model. Raises UnsupportedModelError if it comes with code of its own."""
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    refuse_foreign_code(path, revision, get_tokenizer_config(str(path), revision=revision))
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
-def save_pretrained(model: PackedModel, tokenizer: Any, directory: str | Path) -> None:
-    """Model (safetensors) and tokenizer, so that plain transformers loads them with the same log-probs."""
-    model.model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+def refuse_foreign_code(path: str | Path, revision: str, config: dict | None = None) -> None:
+    """Raises UnsupportedModelError if the configuration names code to import (auto_map); ValueError if there is none."""
+    from transformers import PretrainedConfig
+
+    place = Path(path)
+    if config is None and (place.is_dir() or place.is_absolute()) and not (place / "config.json").is_file():
+        raise ValueError(f"{path} is no model directory: it has no config.json")
+    if config is None:
+        config, _ = PretrainedConfig.get_config_dict(str(path), revision=revision)
+    if config.get("auto_map"):
+        raise UnsupportedModelError(
+            f"{path} comes with code of its own (auto_map: {', '.join(sorted(config['auto_map']))}), which is never run. "
+            "If transformers knows the architecture, copy the model and delete auto_map from its configuration"
+        )
+
+
+def refuse_incomplete(path: str | Path, found: dict) -> None:
+    """transformers fills missing weights with random numbers; nobody wants to train those."""
+    lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    if lacking:
+        raise ValueError(
+            f"{path} lacks {len(lacking)} weights of the model, or has them in another shape: {', '.join(lacking[:4])}"
+        )
+
+
+def check_vocabulary(tokenizer: Any, model: Any, path: str | Path = "") -> None:
+    """Raises ValueError if the tokenizer knows a token that the model's embedding or head has no row for."""
+    largest = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    rows = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
+    if largest > rows:
+        raise ValueError(
+            f"the tokenizer of {path} has {largest} tokens but the model only {rows} rows for them; use the tokenizer it "
+            "was trained with, or resize the model's embeddings and save it first"
+        )

@@ -5,6 +5,7 @@ On the CPU it walks the chunk in blocks of a few rows that stay in cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -45,7 +46,7 @@ def _block_stats(z: Tensor, head: HeadSpec, targets: Tensor, outputs: tuple):
     tail = z.sum(1)
     log_sum = torch.log1p(tail)
     logprobs = at_target - log_sum
-    entropy = None if weighted is None else log_sum + weighted / (1 + tail)
+    entropy = None if weighted is None else (log_sum + weighted / (1 + tail)).clamp_(max=math.log(z.shape[1]))
     log_sum_sq = None
     if "log_sum_sq_probs" in outputs:
         log_sum_sq = torch.log1p(torch.linalg.vecdot(z, z)) - 2 * log_sum
@@ -130,12 +131,11 @@ def concatenate(parts: list, outputs: tuple, like: Tensor) -> tuple[TokenStats, 
     if len(parts) == 1:
         return parts[0]
     if not parts:
-
-        def empty(dtype=accumulation_dtype(like.dtype)):
-            return like.new_empty(0, dtype=dtype)  # a tensor of its own for each: autograd tells outputs apart by it
-
-        fields = {n: empty(torch.bool) if n == "is_argmax" else empty() for n in ("logprobs", *outputs)}
-        return TokenStats(**fields), Saved(empty(), empty(), fields["logprobs"], fields.get("entropy"))
+        acc = accumulation_dtype(like.dtype)
+        # A tensor of its own for each, by which autograd tells the outputs apart.
+        fields = {n: like.new_empty(0, dtype=torch.bool if n == "is_argmax" else acc) for n in ("logprobs", *outputs)}
+        top, log_sum = like.new_empty(0, dtype=acc), like.new_empty(0, dtype=acc)
+        return TokenStats(**fields), Saved(top, log_sum, fields["logprobs"], fields.get("entropy"))
 
     def join(pieces):
         return None if pieces[0] is None else torch.cat(pieces)

@@ -103,6 +103,8 @@ def loss_from_logprobs(
     ignore_index=-100,
 ) -> LossOutput:
     """The same law for trainers that already have log-probs: [T] tensor or TokenStats, differentiable as given."""
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch must be a TokenBatch, got {type(batch).__name__}")
     stats = stats_or_logprobs
     if isinstance(stats, Tensor):
         stats = TokenStats(logprobs=stats)

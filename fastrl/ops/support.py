@@ -21,6 +21,8 @@ def support_statistics(
     n, v = hidden.shape[0], head.weight.shape[0]
     if offsets.shape != (n + 1,):
         raise ValueError(f"support offsets must be [N+1={n + 1}], got {list(offsets.shape)}")
+    if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"support offsets must be ascending from 0, got {offsets.tolist()[:20]}")
     if int(offsets[-1]) != indices.shape[0]:
         raise ValueError(f"support offsets end at {int(offsets[-1])} but indices has {indices.shape[0]} entries")
     if indices.device.type == "cpu" and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < v:

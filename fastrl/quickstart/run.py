@@ -11,24 +11,24 @@ from pathlib import Path
 from fastrl.quickstart.make_data import DATA
 
 SFT = {
-    "max_steps": 300,
+    "max_steps": 1500,
     "per_device_train_batch_size": 64,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
-    "logging_steps": 20,
+    "logging_steps": 50,
 }
 GRPO = {
-    "max_steps": 150,
+    "max_steps": 100,
     "per_device_train_batch_size": 256,
     "num_generations": 8,
     "max_completion_length": 5,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
     "logging_steps": 10,
 }
 SHARED = {"gradient_checkpointing": False, "save_strategy": "no"}
-SHORT = {"sft": {"max_steps": 150}, "grpo": {"max_steps": 40}}
+SHORT = {"sft": {"max_steps": 800}, "grpo": {"max_steps": 30}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +78,6 @@ def quickstart(out: Path, seed: int, short: bool) -> dict:
         eval_strategy="steps",
         eval_steps=20,
         eval_temperature=0.0,
-        per_device_eval_batch_size=600,
         seed=seed,
         **options,
     )

@@ -54,11 +54,11 @@ def resolve(spec: str | Callable) -> RewardFunction:
         return _wrap(_attribute(_from_file(path), attribute, spec), attribute)
     if spec.endswith(".py"):
         raise RewardError(f"reward {spec!r} names a file; say which function in it: {spec}:name")
+    if Path(spec).is_dir():
+        raise RewardError(f"reward {spec!r} is a directory; reward models are not supported yet, give a function")
     module, _, attribute = spec.rpartition(".")
     if module:
         return _wrap(_attribute(_import(module, spec), attribute, spec), attribute)
-    if Path(spec).is_dir():
-        raise RewardError(f"reward {spec!r} is a directory; reward models are not supported yet, give a function")
     known = [*PLAIN, *WITH_NUMBERS]
     close = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"built in are {', '.join(known)}."

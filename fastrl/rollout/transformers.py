@@ -13,6 +13,8 @@ import torch
 
 from fastrl.rollout.protocol import Completion, Sampling
 
+LOGITS_BYTES = 1 << 30  # of a batch's next-token logits and their fp32 copies while one token is drawn
+
 
 class TransformersSampler:
     """Completes prompts with a transformers causal LM that lives in this process.
@@ -20,7 +22,8 @@ class TransformersSampler:
     Args:
         model: the model; it may be training: it is put into eval mode while it samples, and back.
         tokenizer: for eos and pad ids only; nothing is encoded or decoded.
-        max_tokens: prompt and completion tokens (padding counted) that one batch may hold in its KV cache.
+        max_tokens: prompt and completion tokens (padding counted) that one batch may hold in its KV cache. Its rows are
+            also kept to what LOGITS_BYTES of next-token logits allow.
         attn_implementation: attention to use while sampling, e.g. "sdpa" where training uses a packed one that knows
             no padding; None keeps the model's.
     """
@@ -51,7 +54,8 @@ class TransformersSampler:
         owners = [i for i, count in enumerate(counts) for _ in range(count)]
         results: list[list[Completion]] = [[] for _ in prompts]
         with self._sampling_mode(), _seeded(seed, self.model.device):
-            for batch in _batches([len(prompts[i]) for i in owners], sampling.max_new_tokens, self.max_tokens):
+            lengths = [len(prompts[i]) for i in owners]
+            for batch in _batches(lengths, sampling.max_new_tokens, self.max_tokens, self._max_rows):
                 rows = [owners[j] for j in batch]
                 for i, completion in zip(rows, self._complete([prompts[i] for i in rows], sampling), strict=True):
                     results[i].append(completion)
@@ -78,6 +82,11 @@ class TransformersSampler:
                 f"generation stopped after {len(ids)} of {limit} tokens without an end-of-sequence token"
             )
         return Completion(ids, truncated=True)
+
+    @property
+    def _max_rows(self) -> int:
+        """Rows whose logits fit: scores, softmax, its copy and the draw, 4 bytes each a vocabulary entry."""
+        return max(1, LOGITS_BYTES // (16 * self.model.config.get_text_config().vocab_size))
 
     @property
     def _eos_set(self) -> frozenset[int]:
@@ -157,12 +166,13 @@ def context_length(model) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def _batches(lengths: list[int], new_tokens: int, budget: int) -> list[list[int]]:
+def _batches(lengths: list[int], new_tokens: int, budget: int, max_rows: int) -> list[list[int]]:
     """Rows sorted by length (long first, stable), cut so that rows x (longest + new) stays within the budget."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     out: list[list[int]] = []
     for i in order:
-        if out and (len(out[-1]) + 1) * (lengths[out[-1][0]] + new_tokens) <= budget:
+        count = len(out[-1]) + 1 if out else 0
+        if 0 < count <= max_rows and count * (lengths[out[-1][0]] + new_tokens) <= budget:
             out[-1].append(i)
         else:
             out.append([i])

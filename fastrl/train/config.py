@@ -71,7 +71,7 @@ class TrainConfig:
         1, "Batches of per_device_train_batch_size in one optimizer step, normalised together.", at_least=1
     )
     per_device_eval_batch_size: int = flag(
-        8, "Accepted and without effect: max_tokens_per_device cuts evaluation too, and no result depends on it."
+        8, "Without effect: max_tokens_per_device cuts evaluation too, and no result depends on it.", at_least=1
     )
     max_tokens_per_device: int = flag(
         8192,

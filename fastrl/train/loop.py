@@ -45,7 +45,8 @@ def fit(bench: Workbench, config: TrainConfig, run: Run, stop: StopRequest) -> T
     optimizer = build_optimizer(model, config)
     schedule = Schedule.from_config(config, total)
     guard = StepGuard(optimizer, list(model.named_parameters()), config.max_grad_norm, config.max_skipped_steps)
-    state = resume(bench, run, optimizer, guard) or TrainerState(stage=config.stage, dataset_fingerprint=bench.fingerprint)
+    fresh = TrainerState(stage=config.stage, dataset_fingerprint=bench.fingerprint)
+    state = resume(bench, run, optimizer, guard) or fresh
     with MetricsLogger(config, total, resume=state if run.resume else None) as log:
         log.note(*run.notes, *bench.notes)
         if config.eval_on_start and state.step == 0:

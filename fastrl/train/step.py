@@ -17,7 +17,6 @@ from fastrl.models import PackedModel
 from fastrl.objective import LossOutput, Objective
 from fastrl.tokens import TokenBatch, TokenStats
 
-
 SAMPLE_FIELDS = ("advantage", "group_id", "old_logprobs", "ref_logprobs")
 
 
@@ -48,7 +47,8 @@ class Forward:
 def plan(samples: list[Sample], max_tokens: int, device: torch.device, unit: int = 1) -> list[MicroBatch]:
     """Cut the samples of one optimizer step into micro-batches of at most `max_tokens`, `unit` neighbours together.
 
-    Sample.fields read here: "advantage" (number), "group_id" (int), "old_logprobs", "ref_logprobs" (one a trained token).
+    Sample.fields read here: "advantage" (number), "group_id" (int), "old_logprobs", "ref_logprobs" (one per trained
+    token).
     """
     counts = global_counts(samples)
     cut = pack([len(s) for s in samples], max_tokens, unit)

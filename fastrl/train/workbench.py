@@ -139,8 +139,8 @@ def grpo_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str
     room = None if context is None else context - config.max_completion_length
     if room is not None and room < 1:
         raise DataError(
-            f"--max_completion_length {config.max_completion_length} leaves no room for a prompt in the model's context "
-            f"of {context} tokens; lower it"
+            f"--max_completion_length {config.max_completion_length} leaves no room for a prompt in the model's "
+            f"context of {context} tokens; lower it"
         )
     known = [n for n in (room, config.max_prompt_length) if n is not None]
     longest = min(known) if known else None

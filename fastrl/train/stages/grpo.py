@@ -68,7 +68,7 @@ class GRPOStage:
         return [step for _ in range(self.config.num_iterations) for step in steps]
 
     def give_logprobs(self, samples: list[Sample], log: MetricsLogger) -> None:
-        """Old log-probs (unless the batch is used for one update only: then they are the current ones) and reference."""
+        """Old log-probs (a batch used for one update needs none: they are the current ones) and the reference's."""
         setting = self.setting
         models = {"ref_logprobs": setting.reference} if setting.reference is not None else {}
         if self.config.updates_per_generation > 1:

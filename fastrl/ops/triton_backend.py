@@ -1,0 +1,320 @@
+"""The head on NVIDIA and AMD GPUs: Triton kernels for what touches logits, library GEMMs for what touches weights.
+
+bfloat16, float16   statistics: one kernel, logits only in registers (1 GEMM)
+                    gradients: dlogits of a vocabulary slice at a time, then dH += dz @ W_slice, dW_slice = dz.T @ H;
+                    each row of dW is accumulated in float32 and rounded once
+float32             library GEMMs into a [chunk, V] buffer, row kernels on it (full float32 unless torch allows TF32)
+one_pass, both      float32 logits of a chunk from a library GEMM; statistics and dlogits in place (3 GEMMs)
+float64 is refused: dispatch sends it to `torch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels.gemm import accumulate, product, spans
+from fastrl.kernels.launch import LogitScale
+from fastrl.kernels.linear_dlogits import RowGradient, linear_dlogits
+from fastrl.kernels.linear_stats import RowStats, linear_stats
+from fastrl.kernels.row_dlogits import compact_rows, row_dlogits
+from fastrl.kernels.row_stats import row_stats
+from fastrl.ops.head import Coefs, HeadSpec, Saved, target_dlogit
+from fastrl.tokens import TokenStats
+
+HALF = (torch.bfloat16, torch.float16)
+Coefficient = Callable[[int, int, TokenStats], Coefs]
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+# -- the three functions of a backend ------------------------------------------------------------------------------
+def statistics(
+    head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, workspace: int
+) -> tuple[TokenStats, Saved]:
+    """Forward only: 1 GEMM. Every field [N] float32 (is_argmax bool)."""
+    _check(head, hidden)
+    asked = _asked(outputs)
+    if hidden.dtype in HALF:
+        made = linear_stats(hidden, head.weight, targets, head.bias, _logit_scale(head), **asked)
+        return _token_stats(made, outputs), _saved(made, outputs)
+    chunks = _Chunks(head, hidden, workspace)
+    parts = []
+    for a, b in chunks.spans():
+        part = head.at_rows(slice(a, b))
+        parts.append(row_stats(chunks.logits(a, b), targets[a:b], head.bias, _logit_scale(part), **asked))
+    made = _join(parts, hidden)
+    return _token_stats(made, outputs), _saved(made, outputs)
+
+
+def gradients(
+    head: HeadSpec, hidden: Tensor, targets: Tensor, saved: Saved, coefs: Coefs, needs: tuple, workspace: int
+) -> Grads:
+    """Second pass over the rows with a nonzero coefficient: recompute the logits, then the GEMMs that `needs` names."""
+    _check(head, hidden)
+    rows = coefs.nonzero_rows()
+    kept = hidden
+    if rows.shape[0] < hidden.shape[0]:
+        head, kept, targets = head.at_rows(rows), hidden[rows], targets[rows]
+        saved, coefs = saved.at_rows(rows), coefs.at_rows(rows)
+    law = _row_gradient(head, saved, coefs)
+    sink = _Sink(head, kept, needs)
+    law = sink.rescale(law)
+    walk = _slices if hidden.dtype in HALF else _row_chunks
+    walk(head, kept, targets, law, sink, coefs.entropy is not None, workspace)
+    d_hidden, d_weight, d_bias = sink.finish()
+    if d_hidden is not None and rows.shape[0] < hidden.shape[0]:
+        d_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+    return d_hidden, d_weight, d_bias
+
+
+def one_pass(
+    head: HeadSpec,
+    hidden: Tensor,
+    targets: Tensor,
+    outputs: tuple,
+    coefficient: Coefficient,
+    needs: tuple,
+    workspace: int,
+) -> tuple[TokenStats, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in the forward: 3 GEMMs, 2 with a frozen head. `coefficient(start, stop, stats)` gives Coefs."""
+    _check(head, hidden)
+    chunks, sink = _Chunks(head, hidden, workspace), _Sink(head, hidden, needs)
+    parts = []
+    for a, b in chunks.spans():
+        part, own = head.at_rows(slice(a, b)), targets[a:b]
+        made = row_stats(chunks.logits(a, b), own, head.bias, _logit_scale(part), **_asked(outputs))
+        parts.append(made)
+        coefs = coefficient(a, b, _token_stats(made, outputs))
+        rows = coefs.nonzero_rows()
+        if rows.shape[0] and any(needs):
+            law = sink.rescale(_row_gradient(part, _saved(made, outputs), coefs))
+            dz = chunks.dlogits(a, b, own, part, law, coefs.entropy is not None)
+            keep = rows if rows.shape[0] < b - a else None
+            sink.add_rows(chunks.compact(dz, keep), a, b, keep)
+    return _token_stats(_join(parts, hidden), outputs), *sink.finish()
+
+
+# -- two walks over the logits of the second pass --------------------------------------------------------------------
+def _slices(
+    head: HeadSpec, hidden: Tensor, targets: Tensor, law: RowGradient, sink: _Sink, entropy: bool, workspace: int
+) -> None:
+    """Vocabulary slices (outer) by row chunks (inner): dW of a slice is complete, in float32, before it is rounded."""
+    n, v = hidden.shape[0], head.weight.shape[0]
+    rows, columns = _slice_plan(n, v, hidden.shape[1], sink.needs[1], workspace)
+    buffer = hidden.new_empty(rows * columns)
+    for v0, v1 in spans(v, columns if n else v):
+        weight = head.weight[v0:v1]
+        bias = None if head.bias is None else head.bias[v0:v1]
+        for a, b in spans(n, rows):
+            part = slice(a, b)
+            dz, sums = linear_dlogits(
+                hidden[part], weight, targets[part], bias, _logit_scale(head.at_rows(part)),
+                RowGradient(*(x[part] for x in law.arguments())),
+                column0=v0, entropy=entropy, need_bias=sink.needs[2], out=_carve(buffer, b - a, v1 - v0),
+            )  # fmt: skip
+            sink.add_slice(dz, sums, hidden[part], (a, b), (v0, v1))
+        sink.end_slice(v0, v1)
+
+
+def _row_chunks(
+    head: HeadSpec, hidden: Tensor, targets: Tensor, law: RowGradient, sink: _Sink, entropy: bool, workspace: int
+) -> None:
+    """float32: a chunk's logits by a library GEMM, dlogits in place."""
+    chunks = _Chunks(head, hidden, workspace)
+    for a, b in chunks.spans():
+        part = RowGradient(*(x[a:b] for x in law.arguments()))
+        chunks.logits(a, b)
+        sink.add_rows(chunks.dlogits(a, b, targets[a:b], head.at_rows(slice(a, b)), part, entropy), a, b, None)
+
+
+def _slice_plan(n: int, v: int, h: int, need_weight: bool, workspace: int, align: int = 256) -> tuple[int, int]:
+    """(rows, columns) of a dz block: 2 bytes an entry and, for dW, one float32 row of H a column fit in `workspace`."""
+    per_column = 2 * n + (4 * h if need_weight else 0)
+    columns = max(workspace // max(per_column, 1) // align * align, align)
+    count = -(-v // columns)
+    columns = min(-(-v // (count * align)) * align, v)
+    rows = max(1, (workspace - (4 * h * columns if need_weight else 0)) // (2 * columns))
+    return min(n, max(rows, 128)), columns
+
+
+def _carve(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
+
+
+class _Chunks:
+    """The plan of row chunks and their one float32 buffer [rows, pitch]; a pitch of 64 keeps every row aligned."""
+
+    def __init__(self, head: HeadSpec, hidden: Tensor, workspace: int):
+        self.head, self.hidden = head, hidden
+        n, self.vocabulary = hidden.shape[0], head.weight.shape[0]
+        self.pitch = -(-self.vocabulary // 64) * 64
+        # float32 dlogits leave no room in their own rows: compacting them takes a copy.
+        row_bytes = self.pitch * (4 if hidden.dtype in HALF else 8)
+        most = max(1, min(n, workspace // row_bytes))
+        most = most // 128 * 128 or most
+        self.rows = most
+        self.buffer = hidden.new_empty((most if n else 0, self.pitch), dtype=torch.float32)
+
+    def spans(self):
+        return spans(self.hidden.shape[0], self.rows)
+
+    def logits(self, a: int, b: int) -> Tensor:
+        """hidden[a:b] @ W.T, float32, bias not yet added."""
+        return product(self.hidden[a:b], self.head.weight.t(), self.buffer[: b - a, : self.vocabulary])
+
+    def dlogits(self, a: int, b: int, targets: Tensor, head: HeadSpec, law: RowGradient, entropy: bool) -> Tensor:
+        """[b - a, V] in hidden's dtype over the chunk's logits, in their memory."""
+        raw = self.buffer[: b - a, : self.vocabulary]
+        out = self.buffer.view(self.hidden.dtype)[: b - a, : self.vocabulary]
+        return row_dlogits(raw, targets, head.bias, _logit_scale(head), law, out, entropy=entropy)
+
+    def compact(self, dz: Tensor, rows: Tensor | None) -> Tensor:
+        """dz[rows]; half-precision rows go to the free second halves of the buffer's rows."""
+        if rows is None:
+            return dz
+        if dz.dtype not in HALF:
+            return dz[rows]
+        free = self.buffer.view(dz.dtype)[: rows.shape[0], self.pitch : self.pitch + self.vocabulary]
+        return compact_rows(dz, rows, free)
+
+
+class _Sink:
+    """Takes in dlogits, accumulates dH, dW, db in float32, casts once.
+
+    float16 dlogits are kept in units of a power of two (`scale`), so that coefficients as small as 1 / tokens do not
+    underflow; it is undone in float32 and costs one host read a chunk, for float16 alone.
+    """
+
+    def __init__(self, head: HeadSpec, hidden: Tensor, needs: tuple[bool, bool, bool]):
+        self.head, self.hidden, self.needs, self.scale = head, hidden, needs, math.inf
+        weight, f32 = head.weight, torch.float32
+        sliced = hidden.dtype in HALF
+        self.d_hidden = hidden.new_zeros(hidden.shape, dtype=f32) if needs[0] else None
+        self.d_bias = weight.new_zeros(weight.shape[0], dtype=f32) if needs[2] else None
+        self.d_weight: Tensor | None = None  # [V, H], float32 (rows) or hidden's dtype (slices)
+        self.slab: Tensor | None = None
+        self.fresh = sliced
+
+    def rescale(self, law: RowGradient) -> RowGradient:
+        """Bring a chunk's law into the units of the accumulators, lowering these units if it would overflow float16."""
+        if self.hidden.dtype != torch.float16 or law.rise.numel() == 0:
+            self.scale = 1.0
+            return law
+        # |dz| <= |rise| + |fall|, because e^-x x < 1; 2^14 leaves a factor 4 below the largest float16.
+        peak = float(torch.maximum(law.rise.abs() + law.fall.abs(), law.at_target.abs()).max())
+        fits = 2.0 ** (14 - math.frexp(peak)[1]) if 0 < peak < math.inf else 1.0
+        fits = min(max(fits, 2.0**-40), 2.0**40)
+        if fits < self.scale:
+            for x in (self.d_hidden, self.d_weight, self.d_bias):
+                if x is not None and self.scale != math.inf:
+                    x.mul_(fits / self.scale)
+            self.scale = fits
+        return RowGradient(law.max, *(x * self.scale for x in law.arguments()[1:]))
+
+    def add_rows(self, dz: Tensor, a: int, b: int, rows: Tensor | None) -> None:
+        """dz [K, V] of rows [a, b), or of `rows` among them: whole rows at a time."""
+        weight = self.head.weight
+        h = self.hidden[a:b] if rows is None else self.hidden[a:b][rows]
+        if self.d_bias is not None:
+            self.d_bias += dz.sum(0, dtype=torch.float32)
+        if self.d_hidden is not None:
+            d_h = product(dz, weight, dz.new_empty(h.shape, dtype=torch.float32))
+            self.d_hidden[a:b].copy_(d_h) if rows is None else self.d_hidden[a:b].index_copy_(0, rows, d_h)
+        if self.needs[1]:
+            if self.d_weight is None:
+                self.d_weight = product(dz.t(), h, weight.new_empty(weight.shape, dtype=torch.float32))
+            else:
+                accumulate(self.d_weight, dz.t(), h)
+
+    def add_slice(self, dz: Tensor, sums: Tensor | None, h: Tensor, rows: tuple, columns: tuple) -> None:
+        """dz of rows [a, b) and columns [v0, v1); all rows of a slice come before `end_slice`."""
+        (a, b), (v0, v1) = rows, columns
+        if sums is not None:
+            self.d_bias[v0:v1] += sums
+        if self.d_hidden is not None:
+            accumulate(self.d_hidden[a:b], dz, self.head.weight[v0:v1])
+        if self.needs[1]:
+            if self.slab is None:
+                self.slab = dz.new_empty((v1 - v0, h.shape[1]), dtype=torch.float32)
+            slab = self.slab[: v1 - v0]
+            product(dz.t(), h, slab) if self.fresh else accumulate(slab, dz.t(), h)
+            self.fresh = False
+
+    def end_slice(self, v0: int, v1: int) -> None:
+        if self.needs[1] and self.slab is not None:
+            if self.d_weight is None:
+                self.d_weight = torch.empty_like(self.head.weight, memory_format=torch.contiguous_format)
+            slab = self.slab[: v1 - v0]
+            self.d_weight[v0:v1] = slab if self.scale == 1.0 else slab.mul_(1 / self.scale)
+            self.fresh = True
+
+    def finish(self) -> Grads:
+        """(dH, dW, db) in the inputs' dtypes, scale undone."""
+        weight = self.head.weight
+        if self.needs[1] and self.d_weight is None:
+            self.d_weight = weight.new_zeros(weight.shape)
+        made = []
+        for x, like in ((self.d_hidden, self.hidden), (self.d_weight, weight), (self.d_bias, self.head.bias)):
+            if x is not None and x.dtype == torch.float32 and self.scale not in (1.0, math.inf):
+                x.mul_(1 / self.scale)
+            made.append(None if x is None else x.to(like.dtype))
+        return tuple(made)
+
+
+# -- from the package's words to the kernels' ------------------------------------------------------------------------
+def _check(head: HeadSpec, hidden: Tensor) -> None:
+    if hidden.dtype not in (*HALF, torch.float32):
+        kinds = "bfloat16, float16 or float32"
+        raise TypeError(f"hidden is {hidden.dtype}; backend='triton' takes {kinds}; use backend='torch'")
+
+
+def _asked(outputs: tuple) -> dict[str, bool]:
+    return dict(
+        entropy="entropy" in outputs, squares="log_sum_sq_probs" in outputs, argmax="is_argmax" in outputs
+    )  # fmt: skip
+
+
+def _logit_scale(head: HeadSpec) -> LogitScale:
+    """z = softcap / T * tanh(logit_scale / softcap * raw), or logit_scale / T * raw."""
+    if head.softcap is None:
+        return LogitScale(head.logit_scale / head.temperature)
+    return LogitScale(head.softcap / head.temperature, head.logit_scale / head.softcap, softcap=True)
+
+
+def _row_gradient(head: HeadSpec, saved: Saved, coefs: Coefs) -> RowGradient:
+    """dz_v = p_v (s - c - h (log p_v + H)), p_v = exp(z_v - max - log_sum), as e_v (rise - fall (z_v - max))."""
+    slope = head.logit_scale / head.temperature
+    inverse = torch.exp(-saved.log_sum) * slope
+    rise = torch.zeros_like(inverse)
+    if coefs.logsumexp is not None:
+        rise = rise + coefs.logsumexp
+    if coefs.logprobs is not None:
+        rise = rise - coefs.logprobs
+    fall = torch.zeros_like(inverse)
+    if coefs.entropy is not None:
+        rise = rise + coefs.entropy * (saved.log_sum - saved.entropy)
+        fall = coefs.entropy * inverse
+    # A row without a log-prob (unknown target, undefined softmax) has no gradient either: NaN, never a wrong number.
+    rise = torch.where(saved.logprobs.isnan(), torch.nan, rise * inverse)
+    return RowGradient(saved.max, rise, fall, target_dlogit(coefs, saved.logprobs, saved.entropy) * slope)
+
+
+def _token_stats(made: RowStats, outputs: tuple) -> TokenStats:
+    return TokenStats(**{name: getattr(made, name) for name in {*outputs, "logprobs"}})
+
+
+def _saved(made: RowStats, outputs: tuple) -> Saved:
+    return Saved(made.max, made.log_sum, made.logprobs, made.entropy if "entropy" in outputs else None)
+
+
+def _join(parts: list[RowStats], like: Tensor) -> RowStats:
+    if len(parts) == 1:
+        return parts[0]
+    names = RowStats.__dataclass_fields__
+    if not parts:
+        empty = like.new_empty(0, dtype=torch.float32)
+        return RowStats(**{n: empty.bool() if n == "is_argmax" else empty for n in names})
+    return RowStats(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
