@@ -1,6 +1,6 @@
 """Compile every kernel with every default tile ahead of time, without a GPU, and show what it costs on the chip.
 
-    python bench/aot_check.py [--arch sm_90 ...] [--variant full ...] [--json FILE]
+    python bench/aot_check.py [--arch sm_90 ...] [--variant full ...] [--kernel linear_stats ...] [--json FILE]
 
 Exit status 1 if a kernel does not compile, wants more shared memory than the chip has, or if a default tile of sm_90
 spills registers. Run it without TRITON_INTERPRET: interpreted kernels cannot be compiled.
@@ -84,11 +84,11 @@ KERNELS = {
 TABLES = {"linear_stats": tiles.LINEAR_STATS, "linear_dlogits": tiles.LINEAR_DLOGITS}
 
 
-def cases(archs: list[str], variants: list[str]) -> list[Case]:
+def cases(archs: list[str], variants: list[str], kernels: list[str]) -> list[Case]:
     """Every (kernel, architecture, variant), with the table's tile, the pointer fallback and the fp32 tile."""
     made = []
     for arch in archs:
-        for kernel in KERNELS:
+        for kernel in kernels:
             tile = TABLES.get(kernel, tiles.ROWS)[arch]
             for variant in variants if kernel not in ("finish_stats", "compact_rows") else ["full"]:
                 made.append(Case(kernel, arch, variant, tile, tile.descriptors))
@@ -179,6 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=list(TARGETS))
     parser.add_argument("--variant", action="append", choices=VARIANTS)
+    parser.add_argument("--kernel", action="append", choices=list(KERNELS))
     parser.add_argument("--json", type=Path, help="also write the table here")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -186,7 +187,7 @@ def main() -> int:
         return 2
     print("kernel          arch    flags  dtype load tile                regs  stack  spills shared/K      s")
     results = []
-    for case in cases(args.arch or list(TARGETS), args.variant or list(VARIANTS)):
+    for case in cases(args.arch or list(TARGETS), args.variant or list(VARIANTS), args.kernel or list(KERNELS)):
         results.append(compile_case(case))
         print(row(results[-1]), flush=True)
     failed = [r for r in results if r.failed]

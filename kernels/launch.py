@@ -93,18 +93,22 @@ def processor_count(x: Tensor) -> int:
     return processors(x.device.index if x.device.type == "cuda" else -1)
 
 
-def pick_splits(row_blocks: int, tiles: int, cores: int, most: int = 64) -> int:
+@functools.cache
+def pick_splits(row_blocks: int, tiles: int, cores: int, group: int | None = None, most: int = 128) -> int:
     """Into how many column ranges to cut the vocabulary: the fewest whose programs fill whole waves of the GPU.
 
-    Utilisation of s ranges is blocks / (waves * cores); a range also must keep at least 4 tiles, which amortise its
-    partial results. Deterministic in its arguments.
+    A range keeps at least 4 tiles, which pay for its partial results. With `group`, the programs in flight are to be
+    that many row blocks by several ranges, so that the hidden rows they share stay in L2: cores / group ranges.
     """
-    best, best_use = 1, 0.0
-    for s in range(1, max(1, min(most, tiles // 4)) + 1):
+    if row_blocks == 0:
+        return 1
+    most = max(1, min(most, tiles // 4))
+    least = 1 if group is None else min(most, -(-cores // min(row_blocks, group)))
+    best, best_use = least, 0.0
+    for s in range(least, most + 1):
         each = -(-tiles // s)
         ranges = -(-tiles // each)
-        programs = row_blocks * ranges
-        waves = -(-programs // cores)
+        waves = -(-row_blocks * ranges // cores)
         # Work done over work paid for: the last range may be short, the last wave partly empty.
         use = row_blocks * tiles / (waves * cores * each)
         if use > best_use * 1.02:

@@ -55,8 +55,8 @@ def linear_dlogits_kernel(
         hidden, weight, n0, v0, N, V, H, stride_hn, stride_hk, stride_wv, stride_wk,
         BLOCK_N, BLOCK_V, BLOCK_K, TMA, EVEN_K, WIDEN,
     )  # fmt: skip
-    target = (tl.load(targets + rows, mask=inside, other=-1).to(tl.int64) - column0).to(tl.int32)
-    row_top = tl.load(top + rows, mask=inside, other=0.0)
+    target = (tl.load(targets + rows, mask=inside, other=column0 - 1).to(tl.int64) - column0).to(tl.int32)
+    row_top = tl.load(top + rows, mask=inside, other=float("inf"))
     row_rise = tl.load(rise + rows, mask=inside, other=0.0)
     row_fall = tl.load(fall + rows, mask=inside, other=0.0) if ENTROPY else row_rise
     row_target = tl.load(at_target + rows, mask=inside, other=0.0)
@@ -76,8 +76,8 @@ def linear_dlogits_kernel(
         d = to_dlogits(z, t, hit, row_top, row_rise, row_fall, row_target, SOFTCAP, ENTROPY)
         tl.store(out + col[None, :], d.to(dz.dtype.element_ty), mask=inside[:, None] & (col < V)[None, :])
         if d_bias_parts is not None:
-            # Rows past the end repeat real logits but carry rise = fall = 0; only a stray target match must go.
-            total = tl.sum(tl.where(inside[:, None], d, 0.0), 0)
+            # Rows past the end are exactly 0: exp(z - inf), and no target.
+            total = tl.sum(d, 0)
             tl.store(d_bias_parts + tl.cast(block, tl.int64) * V + col, total, mask=col < V)
 
 

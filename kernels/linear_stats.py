@@ -198,7 +198,7 @@ def linear_stats(
     targets, bias = packed(targets), packed(bias)
     tile, tma = operand_tile(tile or pick(LINEAR_STATS, hidden), hidden, weight)
     tiles, blocks = triton.cdiv(v, tile.columns), triton.cdiv(n, tile.rows)
-    splits = min(splits or pick_splits(blocks, tiles, processor_count(hidden)), tiles)
+    splits = min(splits or pick_splits(blocks, tiles, processor_count(hidden), ROW_GROUP), tiles)
     each = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, each)
     parts, firsts = new_parts(n, splits, hidden)

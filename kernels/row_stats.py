@@ -88,7 +88,7 @@ def row_stats(
     scale = scale or LogitScale()
     tile = tile or pick(ROWS, raw)
     tiles = triton.cdiv(v, tile.columns)
-    splits = min(splits or pick_splits(max(n, 1), tiles, 4 * processor_count(raw)), tiles)
+    splits = min(splits or pick_splits(n, tiles, 4 * processor_count(raw)), tiles)
     each = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, each)
     parts, firsts = new_parts(n, splits, raw)

@@ -38,7 +38,7 @@ LINEAR_STATS = {
     "sm_100": Tile(128, 256, 64, 8, 3, 8, descriptors=True),
     "sm_120": Tile(128, 64, 64, 8, 3, 2, descriptors=True),
     "gfx942": Tile(128, 128, 32, 8, 2, 4),
-    "interpreter": Tile(16, 32, 16, 4, 1, 2, descriptors=True),
+    "interpreter": Tile(32, 64, 32, 4, 1, 2, descriptors=True),
 }
 LINEAR_DLOGITS = dict(LINEAR_STATS)
 # Row kernels: columns of one row per step.
@@ -48,7 +48,7 @@ ROWS = {
     "sm_100": Tile(1, 4096, num_warps=8),
     "sm_120": Tile(1, 4096, num_warps=8),
     "gfx942": Tile(1, 4096, num_warps=8),
-    "interpreter": Tile(1, 32),
+    "interpreter": Tile(1, 128),
 }
 # Operands that no tensor map can describe (unaligned rows, transposed weights), on chips whose tile wants one.
 POINTERS = LINEAR_STATS["sm_80"]

@@ -164,6 +164,16 @@ def test_nan_stays_in_its_row():
     assert grads[0][4].isnan().all() and not grads[0][other].isnan().any()
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_infinite_logits_are_torchs_nan(value):
+    """One column at +inf, or all of them at -inf: log_softmax has no answer, and none is made up."""
+    p = problem(bias=True)
+    p.bias[3 if value > 0 else slice(None)] = value
+    stats, _ = ours_run(p, outputs=EVERY_STAT)
+    assert stats.logprobs.isnan().all() and stats.entropy.isnan().all()
+    assert torch.equal(stats.logsumexp, torch.full_like(stats.logsumexp, value)) or stats.logsumexp.isnan().all()
+
+
 # -- strides, shapes, dtypes of the arguments ----------------------------------------------------------------------
 def strided(x: torch.Tensor, how: str) -> torch.Tensor:
     """The same values with other strides."""

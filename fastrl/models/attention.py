@@ -1,8 +1,8 @@
 """Attention over packed sequences, told by their boundaries, through transformers' attention interface.
 
-The implementation reads a `Packing` that the model's forward hands down to every layer as a keyword, so that it is there
-again when gradient checkpointing recomputes a layer. Without one (generation with a KV cache, plain calls) it is the
-implementation that transformers would have used: two names are registered, one over SDPA and one over eager attention.
+The implementation reads a `Packing` that the model's forward hands down to every layer as a keyword, so that it is
+there again when gradient checkpointing recomputes a layer. Without one (generation with a KV cache, plain calls) it is
+what transformers would have used: two names are registered, one over SDPA and one over eager attention.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature -> ([1, T, heads, d], None). Raises UnsupportedModelError on what it ignores."""
+    """transformers' signature for attention -> ([1, T, heads, d], None). What it does not know it refuses by name."""
     if packing is None:
         present = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         others |= {name: x for name, x in present.items() if x is not None}
@@ -101,7 +101,7 @@ def _plain(module: nn.Module):
     return next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
 
 
-# -- varlen kernels: half precision on CUDA ----------------------------------------------------------------------------
+# -- varlen kernels: half precision on CUDA --------------------------------------------------------------------------
 def _varlen_kernel(query: Tensor, value: Tensor, scores: Scores):
     """flash-attn's if installed, else torch's, else None where neither computes these scores."""
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -154,9 +154,9 @@ def _varlen_options() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-# -- transformers ------------------------------------------------------------------------------------------------------
+# -- transformers ----------------------------------------------------------------------------------------------------
 def register() -> str:
-    """Make both names known to transformers; returns the one over SDPA. Padded calls get the masks of what it covers."""
+    """Make both names known to transformers; returns the one over SDPA. Plain calls get the masks of what it covers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 

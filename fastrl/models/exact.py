@@ -1,7 +1,7 @@
 """Causal attention of packed sequences, each by itself: exact on any device, and no [T, T] mask.
 
-Sequences of equal length form one batch. Windows, score caps and sinks are taken in blocks of queries, each against only
-the keys that it can see.
+Sequences of equal length form one batch. Windows, score caps and sinks are taken in blocks of queries, each against
+only the keys that it can see.
 """
 
 from __future__ import annotations

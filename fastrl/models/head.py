@@ -70,7 +70,7 @@ class LMHead(nn.Linear):
     def from_linear(cls, linear: nn.Linear, transform: LogitTransform) -> LMHead:
         """Same Parameters, no copy."""
         if linear.bias is not None and transform.before != 1.0:
-            raise UnsupportedModelError("an LM head with a bias, whose input the architecture scales, has no fused form")
+            raise UnsupportedModelError("an LM head with a bias and a scaled input has no fused form")
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         head.weight, head.bias, head.transform = linear.weight, linear.bias, transform
@@ -90,7 +90,8 @@ class LMHead(nn.Linear):
         if (objective is None) != (batch is None):
             raise ValueError("objective and batch go together; pass both for a loss, or targets alone for log-probs")
         hidden = hidden.to(self.weight.dtype)  # a float32 head over a bfloat16 body, as some architectures have it
-        options = {"logit_scale": self.transform.scale * self.transform.before, "softcap": self.transform.softcap} | options
+        law = self.transform
+        options = {"logit_scale": law.scale * law.before, "softcap": law.softcap} | options
         if objective is not None:
             return fused_loss(objective, hidden, self.weight, batch, self.bias, **options)
         return linear_logprobs(hidden, self.weight, targets, self.bias, **options)

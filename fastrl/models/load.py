@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory or hub name. No code that comes with a model is ever run, nothing unpickled."""
+"""Models and tokenizers from a directory or hub name. No code that comes with a model is run, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def load_causal_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if attn_implementation is not None and attn_implementation not in ATTENTION:
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {', '.join(ATTENTION)}")
+        known = ", ".join(ATTENTION)
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {known}")
     refuse_foreign_code(path, revision)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(f"{path} is a {config.model_type!r} model, which is no causal LM that transformers knows")
+        raise UnsupportedModelError(f"{path} is a {config.model_type!r} model, no causal LM that transformers knows")
     ours = attn_implementation is None or attn_implementation in NAMES.values()
     model, found = AutoModelForCausalLM.from_pretrained(
         path,
@@ -78,7 +79,7 @@ def load_tokenizer(path: str | Path, *, revision: str = "main") -> Any:
 
 
 def refuse_foreign_code(path: str | Path, revision: str, config: dict | None = None) -> None:
-    """Raises UnsupportedModelError if the configuration names code to import (auto_map); ValueError if there is none."""
+    """Raises UnsupportedModelError if the configuration names code to import (auto_map), ValueError if there is none."""
     from transformers import PretrainedConfig
 
     place = Path(path)
@@ -88,8 +89,8 @@ def refuse_foreign_code(path: str | Path, revision: str, config: dict | None = N
         config, _ = PretrainedConfig.get_config_dict(str(path), revision=revision)
     if config.get("auto_map"):
         raise UnsupportedModelError(
-            f"{path} comes with code of its own (auto_map: {', '.join(sorted(config['auto_map']))}), which is never run. "
-            "If transformers knows the architecture, copy the model and delete auto_map from its configuration"
+            f"{path} comes with code of its own (auto_map: {', '.join(sorted(config['auto_map']))}), which is never "
+            "run. If transformers knows the architecture, copy the model and delete auto_map from its configuration"
         )
 
 
@@ -108,6 +109,6 @@ def check_vocabulary(tokenizer: Any, model: Any, path: str | Path = "") -> None:
     rows = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
     if largest > rows:
         raise ValueError(
-            f"the tokenizer of {path} has {largest} tokens but the model only {rows} rows for them; use the tokenizer it "
-            "was trained with, or resize the model's embeddings and save it first"
+            f"the tokenizer of {path} has {largest} tokens but the model only {rows} rows for them; use the tokenizer "
+            "it was trained with, or resize the model's embeddings and save it first"
         )

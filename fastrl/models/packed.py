@@ -31,14 +31,14 @@ class PackedModel(nn.Module):
         self.notes: list[str] = []
         self._covered: str | None = None  # the implementation that packed attention took the place of
 
-    # -- parts ---------------------------------------------------------------------------------------------------------
+    # -- parts --------------------------------------------------------------------------------------------------------
     @property
     def head(self) -> LMHead:
         head = self.model.get_output_embeddings()
         if not isinstance(head, LMHead):
             raise UnsupportedModelError(
-                f"the LM head of {self.name} has become a {type(head).__name__}, which the fused operators would not see; "
-                "leave lm_head out of the modules that are wrapped (LoRA target_modules, modules_to_save)"
+                f"the LM head of {self.name} has become a {type(head).__name__}, which the fused operators would not "
+                "see; leave lm_head out of the modules that are wrapped (LoRA target_modules, modules_to_save)"
             )
         return head
 
@@ -58,7 +58,7 @@ class PackedModel(nn.Module):
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
-    # -- what a trainer calls ------------------------------------------------------------------------------------------
+    # -- what a trainer calls -----------------------------------------------------------------------------------------
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor, *, rows: Tensor | None = None, **head_call: Any) -> Any:
         """Body, then the head if it is asked for anything: the one entry, so that hooks on this module see every call.
 
@@ -108,11 +108,14 @@ class PackedModel(nn.Module):
         rows: Tensor | None = None,
         **options: Any,
     ) -> LossOutput:
-        """The objective's loss, logits never formed. batch: over [T], or over the R rows given (`batch.targets[r]` is the
-        token after position rows[r]). options: temperature, outputs, aggregate, ... of `fused_loss`."""
+        """The objective's loss, logits never formed.
+
+        batch: over [T], or over the R rows given: batch.targets[r] is the token after position rows[r].
+        options: temperature, outputs, aggregate, ... of `fused_loss`.
+        """
         return self(input_ids, cu_seqlens, rows=rows, objective=objective, batch=batch, **options)
 
-    # -- attention -----------------------------------------------------------------------------------------------------
+    # -- attention ----------------------------------------------------------------------------------------------------
     def use_packed_attention(self) -> None:
         """Let attention be told by boundaries, if the architecture goes through transformers' attention interface.
 
@@ -148,7 +151,7 @@ class PackedModel(nn.Module):
         else:
             self.notes.append(f"{self.name} does not support gradient checkpointing; training without it")
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside -------------------------------------------------------------------------------------------------------
     def _packed_body(self, input_ids: Tensor, packing: Packing) -> Tensor:
         cu, longest = packing.cu_seqlens, packing.max_seqlen
         # transformers hands a 4-D mask through as it is: it builds none of its own, and packed attention reads none.
@@ -170,7 +173,7 @@ class PackedModel(nn.Module):
     def _check(self, input_ids: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
         if input_ids.dim() != 1 or cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
             raise ValueError(
-                f"input_ids is {list(input_ids.shape)} and cu_seqlens is {list(cu_seqlens.shape)}; expected [T] and [S+1]"
+                f"input_ids is {list(input_ids.shape)} and cu_seqlens {list(cu_seqlens.shape)}; expected [T] and [S+1]"
             )
         bounds = tuple(cu_seqlens.tolist())
         lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]

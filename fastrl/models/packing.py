@@ -60,7 +60,7 @@ class Packing:
         return list(zip(self.bounds, self.bounds[1:], strict=False))
 
     def chunked(self, size: int) -> Packing:
-        """Every sequence cut at multiples of `size` from its start: chunked attention is packing with more sequences."""
+        """Every sequence cut at multiples of `size` from its start: chunked attention is a pack of more sequences."""
         if self.max_seqlen <= size:
             return self
         if size not in self._cut:

@@ -1,8 +1,7 @@
 """Chunked head in plain torch: any device, never more than `workspace` bytes of logits at a time.
 
-Rows are taken in chunks of C. One [C, V] buffer holds, one after the other and in place,
-    raw logits  ->  e_v = exp(z_v - max)  ->  dL/d(raw logits);
-fastrl.ops.chunk does those two steps, this file the walk over the chunks and the GEMMs around them.
+Rows are taken in chunks of C. One [C, V] buffer holds first their raw logits and then, in place, dL/d(raw logits):
+fastrl.ops.chunk does that step, this file the walk over the chunks and the GEMMs around them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastrl.ops.chunk import chunk_dlogits, chunk_exp, chunk_stats, concatenate, ranges
+from fastrl.ops.chunk import chunk_dlogits, chunk_stats, concatenate, ranges
 from fastrl.ops.head import Coefs, HeadSpec, Saved, accumulation_dtype
 from fastrl.tokens import TokenStats
 
@@ -25,7 +24,7 @@ def statistics(head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, 
     """Forward only: 1 GEMM. Returns (TokenStats, Saved), every field [N]."""
     run = _Run(head, hidden, workspace)
     parts = [
-        chunk_stats(run.project(a, b), head.at_rows(slice(a, b)), targets[a:b], outputs, run.block)
+        chunk_stats(run.project(a, b), head.at_rows(slice(a, b)), targets[a:b], outputs, run.scratch)
         for a, b in run.chunks()
     ]
     return concatenate(parts, outputs, hidden)
@@ -44,10 +43,9 @@ def gradients(
     run = _Run(head, kept, workspace)
     grads = _Gradients(run, needs)
     for a, b in run.chunks():
-        z, part = run.project(a, b), slice(a, b)
-        chunk_exp(z, head.at_rows(part), saved.max[part], run.block)
-        own = saved.at_rows(part), coefs.at_rows(part)
-        grads.add(chunk_dlogits(z, head.at_rows(part), targets[part], *own, None, run.block), a, b)
+        part = slice(a, b)
+        own = head.at_rows(part), targets[part], saved.at_rows(part), coefs.at_rows(part)
+        grads.add(chunk_dlogits(run.project(a, b), *own, None, run.scratch), a, b)
     d_hidden, d_weight, d_bias = grads.finish()
     if dropped and d_hidden is not None:
         d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden)
@@ -69,12 +67,12 @@ def one_pass(
     parts = []
     for a, b in run.chunks():
         z, part = run.project(a, b), head.at_rows(slice(a, b))
-        stats, saved = chunk_stats(z, part, targets[a:b], outputs, run.block)
+        stats, saved = chunk_stats(z, part, targets[a:b], outputs, run.scratch)
         parts.append((stats, saved))
         coefs = coefficient(a, b, stats)
         rows = coefs.nonzero_rows()
         keep = None if rows.shape[0] == b - a else rows
-        dz = chunk_dlogits(z, part, targets[a:b], saved, coefs, keep, run.block)
+        dz = chunk_dlogits(z, part, targets[a:b], saved, coefs, keep, run.scratch)
         grads.add(dz, a, b, keep)
     stats, _ = concatenate(parts, outputs, hidden)
     return stats, *grads.finish()
@@ -92,13 +90,14 @@ class _Run:
         self.acc = accumulation_dtype(hidden.dtype)
         n, v = hidden.shape[0], head.weight.shape[0]
         on_cpu = hidden.device.type == "cpu"
-        self.block = max(1, BLOCK_ELEMENTS // v) if on_cpu else max(1, n)
-        # Off the CPU a block is the whole chunk, so its two temporaries count as workspace too.
+        # Off the CPU a block is the whole chunk, so its scratch counts as workspace too.
         row_bytes = v * self.acc.itemsize * (1 if on_cpu else 3)
         most = max(1, min(n, workspace // row_bytes))
         count = max(1, -(-n // most))
         self.rows = -(-n // count)
         self.buffer = hidden.new_empty((self.rows, v), dtype=self.acc)
+        block = min(self.rows, max(1, BLOCK_ELEMENTS // v)) if on_cpu else self.rows
+        self.scratch = hidden.new_empty((2, block, v), dtype=self.acc)
         # bf16 GEMMs accumulate in fp32 on a GPU. Elsewhere, and for fp16 (whose range the gradients leave), tiles of W
         # are widened one at a time, so that no fp32 copy of W ever exists.
         self.narrow = hidden.dtype == torch.bfloat16 and not on_cpu

@@ -315,6 +315,7 @@ def _join(parts: list[RowStats], like: Tensor) -> RowStats:
         return parts[0]
     names = RowStats.__dataclass_fields__
     if not parts:
-        empty = like.new_empty(0, dtype=torch.float32)
-        return RowStats(**{n: empty.bool() if n == "is_argmax" else empty for n in names})
+        # A tensor of its own for each, by which autograd tells the outputs apart.
+        dtypes = {n: torch.bool if n == "is_argmax" else torch.float32 for n in names}
+        return RowStats(**{n: like.new_empty(0, dtype=d) for n, d in dtypes.items()})
     return RowStats(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})

@@ -74,7 +74,7 @@ class TransformersSampler:
 
     def _cut(self, ids: list[int], limit: int) -> Completion:
         """Up to and including the first end-of-sequence token. What follows it is padding, whatever its id."""
-        end = next((t for t, token in enumerate(ids) if token in self._eos_set), None)
+        end = next((t for t, token in enumerate(ids) if token in self.eos_ids), None)
         if end is not None:
             return Completion(ids[: end + 1], truncated=False)
         if len(ids) != limit:
@@ -87,10 +87,6 @@ class TransformersSampler:
     def _max_rows(self) -> int:
         """Rows whose logits fit: scores, softmax, its copy and the draw, 4 bytes each a vocabulary entry."""
         return max(1, LOGITS_BYTES // (16 * self.model.config.get_text_config().vocab_size))
-
-    @property
-    def _eos_set(self) -> frozenset[int]:
-        return frozenset(self.eos_ids)
 
     def _generation_config(self, sampling: Sampling):
         """Only what `sampling` says: penalties and filters that a model ships with would bias the log-probs."""

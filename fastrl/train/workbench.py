@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from fastrl.data import Limits, Report, Rows, encode_dpo, encode_prompts, encode_sft, load
 from fastrl.data.types import DataError
@@ -17,6 +18,7 @@ from fastrl.rewards import load_rewards
 from fastrl.rollout import TransformersSampler
 from fastrl.rollout.transformers import context_length
 from fastrl.train.config import DPOConfig, GRPOConfig, SFTConfig, TrainConfig
+from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
 from fastrl.train.stages.base import Setting, Stage
 from fastrl.train.stages.dpo import DPOStage
@@ -41,12 +43,14 @@ class Workbench:
 
 def build(config: TrainConfig, run: Run) -> Workbench:
     """Load the data first (its errors are cheap to meet), then the models, then the stage."""
+    transformers.utils.logging.disable_progress_bar()  # the run has a bar of its own
+    transformers.utils.logging.set_verbosity_error()  # lengths are checked and reported here
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     train_rows = load(config.dataset_name, config.dataset_train_split, config.dataset_config)
     test_rows = held_out_rows(config)
-    tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
+    tokenizer = tokenizer_of(config)
     start = config.model_name_or_path if run.resume is None else str(run.resume.path)
     model = load_model(config, start, tokenizer, device)
     model.train()
@@ -62,6 +66,18 @@ def build(config: TrainConfig, run: Run) -> Workbench:
     return Workbench(
         model, stage, tokenizer, lambda path: save_pretrained(model, tokenizer, path), train_rows.fingerprint, notes
     )
+
+
+def tokenizer_of(config: TrainConfig) -> Any:
+    """The tokenizer, or a message that names the flag: this is where a wrong model path shows first."""
+    try:
+        return load_tokenizer(config.model_name_or_path, revision=config.model_revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--model_name_or_path {config.model_name_or_path} cannot be loaded ({reason}); give a directory that "
+            "save_pretrained wrote, or the name of a model on the hub"
+        ) from error
 
 
 def held_out_rows(config: TrainConfig) -> Rows | None:
