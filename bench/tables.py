@@ -1,4 +1,4 @@
-"""bench/results/*.json -> the tables of README.md, between <!-- bench:begin --> and <!-- bench:end -->.
+"""bench/results/*.json -> the tables of README.md: `<!-- bench:begin -->` ... `<!-- bench:end -->`, and `quickstart:`.
 
     python bench/tables.py           write them
     python bench/tables.py --check   exit 1 if README.md does not show what the files say
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LOSSES = {"ppo_clip": "clipped policy loss", "nll": "mean cross-entropy"}
 NAMES = {"fastrl": "fastrl", "trl": "TRL"}
 Record = dict[str, Any]
@@ -81,27 +80,54 @@ def trainer(record: Record, source: str) -> str:
     return f"{title} {made_by(record, source)}\n\n{table(header, rows)}"
 
 
-MAKERS: dict[str, Callable[[Record, str], str]] = {"head_vs_gemm": head, "trainer_vs_trl": trainer}
+def exactness(record: Record, source: str) -> str:
+    cuts = {d: max(v for k, v in record["cuts"].items() if k.endswith(d)) for d in ("float64", "float32")}
+    gradients = max(record["gradients"].values())
+    rows = [
+        ["gradients of all losses against materialised float64 logits, in float64", f"{gradients:.0e}"],
+        ["the same sequences cut and ordered otherwise, every aggregation, float64", f"{cuts['float64']:.0e}"],
+        ["the same in float32", f"{cuts['float32']:.0e}"],
+        ["log-probs of a saved model in plain transformers, float32 (absolute)", f"{record['saved_model']:.0e}"],
+    ]
+    return f"**Exactness**: worst relative (L2) error. {made_by(record, source)}\n\n{table(['', 'error'], rows)}"
+
+
+def quickstart(record: Record, source: str) -> str:
+    rows = []
+    for run in record["runs"]:
+        shown = [f"{run['accuracy'][name]:.1%}" for name in ("before", "after SFT", "after GRPO")]
+        rows.append([str(run["seed"]), *shown, f"{run['seconds']:.0f} s"])
+    again = "the same numbers" if record["same_seed_same_numbers"] else "OTHER numbers"
+    text = f"{record['runs'][0]['prompts']} sums, greedy, exact match. Seed {record['runs'][0]['seed']} again: {again}."
+    header = ["seed", "before", "after SFT", "after GRPO", "whole command"]
+    return f"{table(header, rows)}\n\n{text} {made_by(record, source)}"
+
+
+MAKERS: dict[str, dict[str, Callable[[Record, str], str]]] = {
+    "quickstart": {"quickstart": quickstart},
+    "bench": {"head_vs_gemm": head, "trainer_vs_trl": trainer, "exactness": exactness},
+}
 
 
 # -- README ------------------------------------------------------------------------------------------------------------
-def render(results: Path) -> str:
-    """Every record that has a table, in the order of MAKERS, then by file name; other kinds are left alone."""
+def render(results: Path, block: str) -> str:
+    """Every record that has a table in the block, in the order of MAKERS, then by file name."""
     found = [(path.name, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
     parts = []
-    for kind, make in MAKERS.items():
+    for kind, make in MAKERS[block].items():
         for source, record in found:
             if isinstance(record, dict) and record.get("bench") == kind:
                 parts.append(f"{make(record, source)}\n\n<sub>{where(record)}</sub>")
     return "\n\n".join(parts)
 
 
-def replace_between(text: str, body: str, name: str = "README.md") -> str:
-    """`text` with `body` between the markers. Raises ValueError unless each marker stands there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name} must hold {BEGIN} and then {END}, once each; add the two lines where the tables go")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}" if body else text
+def replace_between(text: str, body: str, block: str, name: str = "README.md") -> str:
+    """`text` with `body` between the block's markers. Raises ValueError unless each stands there once, in order."""
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{name} must hold {begin} and then {end}, once each; add the two lines where the tables go")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}" if body else text
 
 
 def main() -> int:
@@ -111,7 +137,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args()
     text = args.readme.read_text(encoding="utf-8")
-    wanted = replace_between(text, render(args.results), args.readme.name)
+    wanted = text
+    for block in MAKERS:
+        wanted = replace_between(wanted, render(args.results, block), block, args.readme.name)
     if args.check:
         if wanted != text:
             print(f"{args.readme} does not show bench/results; run: python bench/tables.py", file=sys.stderr)

@@ -24,7 +24,7 @@ def group_normalised(rewards: Tensor, group_ids: Tensor, scale: str = "group") -
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}")
     if rewards.shape != group_ids.shape or rewards.dim() != 1:
-        raise ValueError(f"rewards is {list(rewards.shape)} but group_ids is {list(group_ids.shape)}; expected [S] both")
+        raise ValueError(f"rewards is {list(rewards.shape)} but group_ids {list(group_ids.shape)}; expected [S] both")
     # float64: near ties such as 1 and 1.00001 keep their sign and size.
     r = rewards.double()
     scored = ~torch.isnan(r)

@@ -46,11 +46,11 @@ def run(model, parts: list[torch.Tensor], mask: torch.Tensor | None) -> dict[str
     batch = TokenBatch(targets=targets, mask=trained, cu_seqlens=cu_seqlens, num_tokens=int((targets != -100).sum()))
     out = model.loss(losses.get("nll"), ids, cu_seqlens, batch)
     out.loss.backward()
-    hook.remove()
+    hook.remove()  # one sequence at a time, the embedding is called once for each
     weights = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         logprobs = model.logprobs(ids, cu_seqlens).logprobs
-    return {"logprobs": logprobs, "inputs": embedded[0].grad[0].clone(), **weights}
+    return {"logprobs": logprobs, "inputs": torch.cat([x.grad[0] for x in embedded if x.grad is not None]), **weights}
 
 
 def differences(model) -> dict[str, bool]:

@@ -15,10 +15,12 @@ from test_operators import DTYPES, GRADS, OPTIONS, check_accurate, check_exact, 
 from test_regimes import REGIMES, N, V, confident
 
 pytest.importorskip("triton")
+from fastrl import losses  # noqa: E402
 from fastrl.kernels import launch, linear_dlogits, linear_stats, row_dlogits, row_stats, tiles  # noqa: E402
 from fastrl.kernels.launch import LogitScale  # noqa: E402
-from fastrl.ops import linear_logprobs, triton_backend  # noqa: E402
+from fastrl.ops import fused_loss, linear_logprobs, triton_backend  # noqa: E402
 from fastrl.ops.head import Coefs, HeadSpec  # noqa: E402
+from fastrl.tokens import TokenBatch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOW = {"backend": "triton"}
@@ -300,6 +302,27 @@ def test_one_pass_without_rows_or_without_needs():
         HeadSpec(q.weight, q.bias), q.hidden, q.targets, ("entropy",), none, (False,) * 3, 1 << 20
     )
     assert stats.entropy.shape == (13,) and grads == [None, None, None]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+def test_fused_loss_is_the_torch_backend_s(name):
+    """A token-scope law (one pass) and a pair-scope law (two passes) through the public door."""
+    p = there(problem(n=20, v=45, dtype=torch.bfloat16, bias=True))
+    log_p = linear_logprobs(p.hidden, p.weight, p.targets, p.bias, backend="torch").logprobs.detach()
+    batch = TokenBatch(
+        targets=p.targets,
+        cu_seqlens=torch.tensor([0, 6, 11, 15, 20], device=DEVICE),
+        advantages=torch.tensor([1.0, 0.0, -0.5, 2.0], device=DEVICE),
+        old_logprobs=log_p - 0.1,
+        ref_logprobs=log_p + 0.3,
+    )
+    made = {}
+    for backend in ("torch", "triton"):
+        leaves = p.leaves()
+        out = fused_loss(losses.get(name), *leaves[:2], batch, leaves[2], backend=backend, workspace_bytes=64 * 4 * 9)
+        made[backend] = (out.loss.detach(), *torch.autograd.grad(out.loss, leaves))
+    for label, ours, truth in zip(("loss", *GRADS), made["triton"], made["torch"], strict=True):
+        assert_same(label, ours, truth, 1e-5 if label == "loss" else 1e-2)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ float64 is refused: dispatch sends it to `torch`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -30,7 +31,19 @@ Coefficient = Callable[[int, int, TokenStats], Coefs]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the one that `hidden`, the second argument, is on."""
+
+    @functools.wraps(function)
+    def wrapped(head, hidden, *rest):
+        with torch.cuda.device_of(hidden):
+            return function(head, hidden, *rest)
+
+    return wrapped
+
+
 # -- the three functions of a backend ------------------------------------------------------------------------------
+@_on_its_device
 def statistics(
     head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, workspace: int
 ) -> tuple[TokenStats, Saved]:
@@ -49,6 +62,7 @@ def statistics(
     return _token_stats(made, outputs), _saved(made, outputs)
 
 
+@_on_its_device
 def gradients(
     head: HeadSpec, hidden: Tensor, targets: Tensor, saved: Saved, coefs: Coefs, needs: tuple, workspace: int
 ) -> Grads:
@@ -70,6 +84,7 @@ def gradients(
     return d_hidden, d_weight, d_bias
 
 
+@_on_its_device
 def one_pass(
     head: HeadSpec,
     hidden: Tensor,
