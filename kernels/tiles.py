@@ -33,7 +33,7 @@ class Tile:
 
 # architecture -> tile, for 2-byte inputs.
 LINEAR_STATS = {
-    "sm_80": Tile(128, 128, 32, 8, 3, 4),
+    "sm_80": Tile(128, 128, 32, 8, 3, 8),
     "sm_90": Tile(128, 256, 64, 8, 4, 8, descriptors=True),
     "sm_100": Tile(128, 256, 64, 8, 3, 8, descriptors=True),
     "sm_120": Tile(128, 64, 64, 8, 3, 2, descriptors=True),
@@ -53,7 +53,7 @@ ROWS = {
 # Operands that no tensor map can describe (unaligned rows, transposed weights), on chips whose tile wants one.
 POINTERS = LINEAR_STATS["sm_80"]
 # fp32 operands take twice the shared memory and run on the vector units.
-FP32_LINEAR = Tile(64, 64, 32, 4, 2)
+FP32_LINEAR = Tile(64, 64, 32, 4, 2, 4)
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def packed_logprobs(model, parts: list[torch.Tensor], **options) -> torch.Tensor
         return model.logprobs(torch.cat(parts), zoo.boundaries(parts), **options).logprobs
 
 
-# -- log-probs ------------------------------------------------------------------------------------------------------
+# -- log-probs -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_logprobs_are_those_of_transformers(name):
     plain = zoo.make(name)
@@ -64,7 +64,8 @@ def test_float64(name):
     """The head to 1e-10. The body only to float32 rounding: transformers norms, rotates or softmaxes in float32."""
     model = pack_model(zoo.make(name, torch.float64))
     parts = zoo.documents(LENGTHS)
-    torch.testing.assert_close(packed_logprobs(model, parts), own_logprobs(model.model, parts), atol=1e-6, rtol=1e-6)
+    assert model.packed
+    torch.testing.assert_close(packed_logprobs(model, parts), own_logprobs(model.model, parts), atol=1e-5, rtol=1e-5)
     ids = parts[1]
     with torch.no_grad():
         hidden = model.body(input_ids=ids[None], use_cache=False)[0][0]
@@ -122,7 +123,8 @@ def test_loss_and_rows_agree_with_autograd_through_logits():
     want.backward()
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
     for (name, ours), theirs in zip(model.model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        worst = (ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()
+        assert worst < 1e-4, (name, worst)
 
 
 def test_logprobs_take_a_mask_and_options():
@@ -149,7 +151,7 @@ def test_gradient_checkpointing_recomputes_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-# -- the check at load ------------------------------------------------------------------------------------------------
+# -- the check at load -----------------------------------------------------------------------------------------------
 def test_a_leaking_implementation_is_caught():
     def leaky(*args, packing=None, **options):
         whole = None if packing is None else type(packing).from_bounds((0, packing.bounds[-1]), torch.device("cpu"))
@@ -193,7 +195,7 @@ def test_the_check_leaves_modes_and_randomness_alone():
     assert torch.is_grad_enabled() and all(p.grad is None for p in plain.parameters())
 
 
-# -- the head in its place ------------------------------------------------------------------------------------------
+# -- the head in its place -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "gemma2", "phi"])
 def test_head_owns_the_same_parameters(name):
     plain = zoo.make(name)
@@ -226,13 +228,37 @@ def test_a_wrapped_head_is_refused():
         packed_logprobs(model, zoo.documents((5,)))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # an own head, a tied one
+def test_fsdp2_hooks_see_every_read_of_a_weight(name, tmp_path):
+    """Sharded over one rank: outside of its module's forward a weight is a DTensor, which no operator here takes."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model, parts = pack_model(zoo.make(name)), zoo.documents((9, 17))
+    plain = copy.deepcopy(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        sharded = list(model.body.layers) + ([] if model.model.config.tie_word_embeddings else [model.head])
+        for module in (*sharded, model):
+            fully_shard(module, mesh=mesh)
+        assert isinstance(model.head, LMHead) and isinstance(model.head.weight, DTensor)
+        for each in (model, plain):
+            each.logprobs(torch.cat(parts), zoo.boundaries(parts)).logprobs.sum().backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_head_refuses_half_a_call():
     model = pack_model(zoo.make("llama"))
     with pytest.raises(ValueError, match="go together"):
         model.head(torch.zeros(3, 32), objective=losses.get("nll"))
 
 
-# -- from and to directories --------------------------------------------------------------------------------------------
+# -- from and to directories -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2", "granite", "cohere"])
 def test_saved_models_load_with_plain_transformers(name, tmp_path):
     zoo.make(name).save_pretrained(tmp_path / "start")
@@ -249,10 +275,10 @@ def test_saved_models_load_with_plain_transformers(name, tmp_path):
     assert "fastrl" not in (tmp_path / "trained" / "config.json").read_text()
     names = {p.name for p in (tmp_path / "trained").iterdir()}
     assert "model.safetensors" in names and not any(n.endswith((".bin", ".pt", ".pkl")) for n in names)
-    assert (tmp_path / "start" / "model.safetensors").stat().st_size == (
-        tmp_path / "trained" / "model.safetensors"
-    ).stat().st_size
-    torch.testing.assert_close(packed_logprobs(load_causal_lm(tmp_path / "trained"), parts), packed_logprobs(model, parts))
+    sizes = {(tmp_path / d / "model.safetensors").stat().st_size for d in ("start", "trained")}
+    assert len(sizes) == 1
+    reloaded = load_causal_lm(tmp_path / "trained")
+    torch.testing.assert_close(packed_logprobs(reloaded, parts), packed_logprobs(model, parts))
 
 
 @pytest.fixture
@@ -328,7 +354,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(saved):
         load_causal_lm(saved, tokenizer=Tokenizer())
 
 
-# -- inputs that do not fit ---------------------------------------------------------------------------------------------
+# -- inputs that do not fit ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("ids", "cu_seqlens", "message"),
     [

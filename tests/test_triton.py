@@ -20,6 +20,7 @@ from fastrl.kernels import launch, linear_dlogits, linear_stats, row_dlogits, ro
 from fastrl.kernels.launch import LogitScale  # noqa: E402
 from fastrl.ops import fused_loss, linear_logprobs, triton_backend  # noqa: E402
 from fastrl.ops.head import Coefs, HeadSpec  # noqa: E402
+from fastrl.ops.triton_sink import Sink  # noqa: E402
 from fastrl.tokens import TokenBatch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,7 +113,7 @@ def test_float16_coefficients_as_small_as_one_over_the_tokens_do_not_underflow()
     head, h = HeadSpec(leaves[1].detach()), leaves[0].detach()
     _, saved = triton_backend.statistics(head, h, p.targets, DIFFERENTIABLE, 1 << 20)
     coefs = Coefs(**{n: p.upstream[n].to(stats.logprobs.dtype) for n in DIFFERENTIABLE})
-    sink = triton_backend._Sink(head, h, (True, True, False))
+    sink = Sink(head, h, (True, True, False))
     law = sink.rescale(triton_backend._row_gradient(head, saved, coefs))
     triton_backend._slices(head, h, p.targets, law, sink, True, 1 << 20)
     assert sink.d_hidden.abs().max() > 2.0**10  # kept in large units...
@@ -457,8 +458,8 @@ MUTANTS = {
     ),
     "missing temperature in the slope": lambda m: tamper_law(m, lambda law: law, cold=True),
     "no entropy gradient": lambda m: tamper_law(m, lambda law: dataclasses.replace(law, fall=law.fall * 0)),
-    "zero dW": replace(triton_backend._Sink, "end_slice", lambda self, a, b: None),
-    "dW carried into the next slice": replace(triton_backend._Sink, "end_slice", lambda self, a, b: carry(self, a, b)),
+    "zero dW": replace(Sink, "end_slice", lambda self, a, b: None),
+    "dW carried into the next slice": replace(Sink, "end_slice", lambda self, a, b: carry(self, a, b)),
 }
 
 

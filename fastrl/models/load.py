@@ -79,7 +79,7 @@ def load_tokenizer(path: str | Path, *, revision: str = "main") -> Any:
 
 
 def refuse_foreign_code(path: str | Path, revision: str, config: dict | None = None) -> None:
-    """Raises UnsupportedModelError if the configuration names code to import (auto_map), ValueError if there is none."""
+    """Raises UnsupportedModelError if the configuration names code to import (auto_map), ValueError if it is absent."""
     from transformers import PretrainedConfig
 
     place = Path(path)

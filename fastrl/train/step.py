@@ -108,9 +108,10 @@ def attach(micro: MicroBatch, name: str, values: Tensor) -> None:
 def loss_of(model: PackedModel, objective: Objective, micro: MicroBatch, how: Forward) -> LossOutput:
     """The objective's loss on a micro-batch, logits never formed."""
     with how.context(micro.input_ids.device):
-        hidden = model.hidden(micro.input_ids, micro.cu_seqlens)
-        return model.head(
-            hidden[micro.rows],
+        return model(
+            micro.input_ids,
+            micro.cu_seqlens,
+            rows=micro.rows,
             objective=objective,
             batch=micro.batch,
             temperature=how.temperature,
@@ -123,12 +124,12 @@ def loss_of(model: PackedModel, objective: Objective, micro: MicroBatch, how: Fo
 def score(model: PackedModel, micro: MicroBatch, how: Forward) -> TokenStats:
     """Log-probs [R] of a micro-batch by the same code path, rows and chunks as the loss: equal bit for bit."""
     with how.context(micro.input_ids.device):
-        hidden = model.hidden(micro.input_ids, micro.cu_seqlens)
-        outputs = ("logprobs", *how.outputs)
-        return model.head(
-            hidden[micro.rows],
+        return model(
+            micro.input_ids,
+            micro.cu_seqlens,
+            rows=micro.rows,
             targets=micro.batch.targets,
-            outputs=outputs,
             temperature=how.temperature,
+            outputs=("logprobs", *how.outputs),
             debug_checks=how.debug_checks,
         )

@@ -16,7 +16,6 @@ from fastrl.data.types import DataError
 from fastrl.models import PackedModel, load_causal_lm, load_reference, load_tokenizer, save_pretrained
 from fastrl.rewards import load_rewards
 from fastrl.rollout import TransformersSampler
-from fastrl.rollout.transformers import context_length
 from fastrl.train.config import DPOConfig, GRPOConfig, SFTConfig, TrainConfig
 from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
@@ -114,7 +113,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 # -- stages: rows of a dataset -> samples or prompts ---------------------------------------------------------------
 def limits_of(config: SFTConfig | DPOConfig, model: PackedModel) -> Limits:
-    return Limits(config.max_length, context_length(model.model), config.truncation, config.max_dropped_fraction)
+    return Limits(config.max_length, model.context_length, config.truncation, config.max_dropped_fraction)
 
 
 def noted(notes: list[str], split: str, made: tuple[list, Report]) -> list:
@@ -151,7 +150,7 @@ def dpo_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str]
 
 def grpo_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> GRPOStage:
     config: GRPOConfig = setting.config
-    context = context_length(setting.model.model)
+    context = setting.model.context_length
     room = None if context is None else context - config.max_completion_length
     if room is not None and room < 1:
         raise DataError(
