@@ -109,7 +109,8 @@ class LoadedModel:
         def from_pretrained(cls, *args, **kwargs):
             model = original(cls, *args, **kwargs)
             if self.mib is None:
-                for tensor in model.state_dict().values():
+                loaded = model[0] if isinstance(model, tuple) else model  # with output_loading_info
+                for tensor in loaded.state_dict().values():
                     tensor.double().sum()
                 self.mib = common.settle()
             return model

@@ -31,7 +31,7 @@ SHORT = {"sft": {"max_steps": 400}, "grpo": {"max_steps": 40, "warmup_steps": 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of `fastrl quickstart`; returns the exit status."""
+    """Entry of `fastrl quickstart`; returns 0 if the model learned what it should, else 1."""
     parser = argparse.ArgumentParser(prog="fastrl quickstart", description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="outputs/quickstart", help="where models, metrics and the plot go")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same numbers")
@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     report = quickstart(Path(args.output_dir), args.seed, args.short)
     report["seconds"] = round(time.monotonic() - began, 1)
     show(report)
+    sft, grpo = report["accuracy"]["after SFT"], report["accuracy"]["after GRPO"]
+    if not (0.3 <= sft <= 0.6 and grpo >= sft + 0.15):
+        print("This is not what the quickstart should show: 30-60% after SFT, at least 15 points more after GRPO.")
+        return 1
     return 0
 
 
