@@ -33,7 +33,7 @@ def where(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if name != "triton")
     commit = environment["git_commit"][:9] or "no commit"
     state = "+" if environment["uncommitted_changes"] else ""
-    return f"{environment['device']}, {environment['threads']} threads; {versions}; commit {commit}{state}"
+    return f"{environment['device']}, {environment['threads']} thread{"s" * (environment["threads"] > 1)}; {versions}; commit {commit}{state}"
 
 
 def made_by(record: Record, source: str) -> str:

@@ -63,8 +63,8 @@ def build(config: TrainConfig, run: Run) -> Workbench:
     notes = list(model.notes)
     if config.dtype == "bfloat16":
         notes.append(
-            "--dtype bfloat16 keeps no float32 master weights: an update below 1/256 of a weight is lost, which is most "
-            "of them at learning rates below 1e-4; --dtype float32 --bf16 true computes in bf16 and loses none"
+            "--dtype bfloat16 keeps no float32 master weights: an update below 1/256 of a weight is lost, most of "
+            "them at learning rates below 1e-4; --dtype float32 --bf16 true computes in bf16 and loses none"
         )
     stage = STAGES[config.stage](setting, train_rows, test_rows, notes)
     return Workbench(
