@@ -32,8 +32,9 @@ def where(record: Record) -> str:
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if name != "triton")
     commit = environment["git_commit"][:9] or "no commit"
+    threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
     state = "+" if environment["uncommitted_changes"] else ""
-    return f"{environment['device']}, {environment['threads']} thread{"s" * (environment["threads"] > 1)}; {versions}; commit {commit}{state}"
+    return f"{environment['device']}, {threads}; {versions}; commit {commit}{state}"
 
 
 def made_by(record: Record, source: str) -> str:
