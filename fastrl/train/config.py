@@ -153,11 +153,9 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class SFTConfig(TrainConfig):
-    """`fastrl sft`: next-token likelihood of completions, answers or whole texts."""
+class DatasetConfig(TrainConfig):
+    """Stages whose responses come from the dataset."""
 
-    stage: ClassVar[str] = "sft"
-    learning_rate: float = flag(2e-5, "Peak learning rate.", at_least=0)
     max_length: int | None = flag(
         1024, "Longest sequence (prompt + completion); none: the model's context. See truncation.", at_least=2
     )
@@ -166,6 +164,14 @@ class SFTConfig(TrainConfig):
         "Longer sequences: drop leaves them out, counted and listed (TRL cuts silently); keep_start cuts their end.",
         choices=("drop", "keep_start"),
     )
+
+
+@dataclass(kw_only=True)
+class SFTConfig(DatasetConfig):
+    """`fastrl sft`: next-token likelihood of completions, answers or whole texts."""
+
+    stage: ClassVar[str] = "sft"
+    learning_rate: float = flag(2e-5, "Peak learning rate.", at_least=0)
     completion_only_loss: bool | None = flag(
         None, "Train the completion only (true) or the prompt too (false). none: completion only if there is a prompt."
     )
@@ -174,20 +180,12 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class DPOConfig(TrainConfig):
+class DPOConfig(DatasetConfig):
     """`fastrl dpo`: preference pairs against a frozen copy of the starting model."""
 
     stage: ClassVar[str] = "dpo"
     unit: ClassVar[str] = "pairs"
     learning_rate: float = flag(1e-6, "Peak learning rate.", at_least=0)
-    max_length: int | None = flag(
-        1024, "Longest sequence (prompt + completion); none: the model's context. See truncation.", at_least=2
-    )
-    truncation: str = flag(
-        "drop",
-        "Longer sequences: drop leaves them out, counted and listed (TRL cuts silently); keep_start cuts their end.",
-        choices=("drop", "keep_start"),
-    )
     loss_type: str = flag("sigmoid", "The objective.", choices=("sigmoid",))
     beta: float = flag(0.1, "Strength of the tie to the reference model.", above=0)
     label_smoothing: float = flag(0.0, "Assumed part of flipped labels.", at_least=0, below=0.5)

@@ -16,7 +16,7 @@ from fastrl.data.types import DataError
 from fastrl.models import PackedModel, load_causal_lm, load_reference, load_tokenizer, save_pretrained
 from fastrl.rewards import load_rewards
 from fastrl.rollout import TransformersSampler
-from fastrl.train.config import DPOConfig, GRPOConfig, SFTConfig, TrainConfig
+from fastrl.train.config import DatasetConfig, GRPOConfig, SFTConfig, TrainConfig
 from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
 from fastrl.train.stages.base import Setting, Stage
@@ -117,7 +117,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 # -- stages: rows of a dataset -> samples or prompts ---------------------------------------------------------------
-def limits_of(config: SFTConfig | DPOConfig, model: PackedModel) -> Limits:
+def limits_of(config: DatasetConfig, model: PackedModel) -> Limits:
     return Limits(config.max_length, model.context_length, config.truncation, config.max_dropped_fraction)
 
 
