@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 
@@ -147,7 +146,6 @@ def test_the_bar_runs_without_a_terminal(capsys):
     assert "[not markup] seen" in shown and "eval_loss 3" in shown and "1/4" in shown
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
 def test_tensorboard_gets_the_records(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

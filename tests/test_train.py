@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.rollout import Completion
-from fastrl.train import DPOConfig, GRPOConfig, SFTConfig, run
+from fastrl.train import DPOConfig, GRPOConfig, SFTConfig, loop, run
+from fastrl.train.checkpoint import CheckpointError
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.output_dir import Run
 from fastrl.train.step import loss_of, plan
@@ -196,3 +198,21 @@ def test_truncated_completions_can_be_masked(place, tmp_path):
     out.loss.backward()
     assert float(out.loss.detach()) == 0.0
     assert all(p.grad is None or not p.grad.any() for p in stage.setting.model.parameters())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_disk_that_refuses_stops_a_run_only_when_nothing_comes_after(stopped, place, tmp_path, monkeypatch):
+    """Mid-run the failed save is reported and training goes on; after a signal it must not be called resumable."""
+
+    def refuse(*args, **kwargs):
+        raise CheckpointError("could not save: no space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", refuse)
+    config = config_of("sft", place, tmp_path, max_steps=2, save_steps=1)
+    run_ = Run(tmp_path, None, [])
+    if stopped:
+        with pytest.raises(CheckpointError, match="no space"):
+            loop.fit(build(config, run_), config, run_, SimpleNamespace(requested=True))
+    else:
+        assert loop.fit(build(config, run_), config, run_, SimpleNamespace(requested=False)).steps == 2
+        assert (tmp_path / "model.safetensors").exists()

@@ -75,7 +75,7 @@ def fit(bench: Workbench, config: TrainConfig, run: Run, stop: StopRequest) -> T
 
         interrupted = state.step < total
         if interrupted:
-            save(bench, run, state, optimizer, guard, log)
+            save(bench, run, state, optimizer, guard, log, last=True)
             log.note(f"stopped by a signal after step {state.step} of {total}; --resume_from_checkpoint auto goes on")
         else:
             save_final(run.path, bench.save_model)
@@ -96,8 +96,11 @@ def resume(bench: Workbench, run: Run, optimizer, guard: StepGuard) -> TrainerSt
     return run.resume.state
 
 
-def save(bench: Workbench, run: Run, state: TrainerState, optimizer, guard: StepGuard, log: MetricsLogger) -> None:
-    """checkpoint-<step>. A disk that refuses is reported and training goes on: earlier checkpoints are untouched."""
+def save(bench: Workbench, run: Run, state: TrainerState, optimizer, guard, log: MetricsLogger, last=False) -> None:
+    """checkpoint-<step>. A disk that refuses is reported and training goes on: earlier checkpoints are untouched.
+
+    last: nothing comes after this save, so a disk that refuses raises CheckpointError.
+    """
     state.sampler, state.metrics = bench.stage.state_dict(), log.state_dict()
     state.num_tokens, state.skipped_steps = log.num_tokens, guard.skipped
     try:
@@ -112,4 +115,6 @@ def save(bench: Workbench, run: Run, state: TrainerState, optimizer, guard: Step
                 total_limit=bench.stage.setting.config.save_total_limit,
             )
     except CheckpointError as error:
+        if last:
+            raise
         log.note(str(error))
