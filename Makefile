@@ -10,9 +10,9 @@ TORCH_ARGS ?=
 EXTRAS ?= test
 ARGS ?=
 
-.PHONY: help quickstart quickstart-short test lint aot bench-setup clean
+.PHONY: help quickstart quickstart-short test lint aot bench bench-setup clean
 help:
-	@echo "make quickstart | quickstart-short | test | lint | aot | bench-setup | clean"
+	@echo "make quickstart | quickstart-short | test | lint | aot | bench | bench-setup | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py
 	@set -e; \
@@ -43,6 +43,11 @@ lint: $(VENV)/.installed
 
 aot: $(VENV)/.installed
 	$(PY) bench/aot_check.py
+
+bench: bench-setup
+	$(PY) bench/must_hold.py
+	$(PY) bench/sweep.py
+	$(PY) bench/tables.py
 
 bench-setup: $(VENV)/.installed
 	$(PY) -m pip install -q -e ".[test,bench]"

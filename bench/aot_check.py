@@ -19,13 +19,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastrl.kernels import linear_dlogits, linear_stats, row_dlogits, row_stats, tiles  # noqa: E402
+from fastrl.kernels import (  # noqa: E402
+    divergence_dlogits,
+    divergence_stats,
+    gae,
+    linear_dlogits,
+    linear_stats,
+    policy_loss,
+    row_dlogits,
+    row_stats,
+    segments,
+    support_stats,
+    tiles,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,8 +54,28 @@ POINTERS = {
     **dict.fromkeys(("outer_rows", "parts", "top", "rise", "fall", "at_target", "d_bias_parts", "raw"), "*fp32"),
     **{"targets": "*i64", "firsts": "*i32", "out_hits": "*i8", "rows": "*i64"},
     **dict.fromkeys(("inner", "outer", "log_v"), "fp32"),
+    **dict.fromkeys(("logprobs", "entropy", "old", "ref", "advantages"), "*fp32"),
+    **dict.fromkeys(("log_high", "log_low", "log_dual", "ratio_high", "ratio_low", "ratio_dual"), "fp32"),
+    **{"weights": "*fp64", "kl_coef": "fp32", "entropy_coef": "fp32", "beta": "fp32", "factor": "fp32"},
+    **{"actions": "*u8", **dict.fromkeys(("gamma", "gamma_rest", "decay", "decay_rest"), "fp32")},
+    **dict.fromkeys(("values", "per_segment", "coef", "rewards", "bootstrap"), "*fp32"),
+    **dict.fromkeys(("bounds", "indices", "index", "starts", "stops"), "*i64"),
 }
-ALIGNED = ("H", "stride_hn", "stride_wv", "stride_dn", "stride_n", "stride_sn", "stride_on")
+POINTERS |= dict.fromkeys(("other_hidden", "other_weight", "other_bias"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
+POINTERS |= dict.fromkeys(("other_outer_rows", "other_raw", "norms", "law"), "*fp32")
+POINTERS |= dict.fromkeys(("other_inner", "other_outer"), "fp32")
+ALIGNED = (
+    "K",
+    "stride_gn",
+    "stride_uv",
+    "H",
+    "stride_hn",
+    "stride_wv",
+    "stride_dn",
+    "stride_n",
+    "stride_sn",
+    "stride_on",
+)
 # plain: log-probs, nothing else, V a multiple of 16. entropy: with it. full: every statistic and option, any V.
 VARIANTS = ("plain", "entropy", "full")
 
@@ -80,8 +113,26 @@ KERNELS = {
     "row_stats": row_stats.row_stats_kernel,
     "row_dlogits": row_dlogits.row_dlogits_kernel,
     "compact_rows": row_dlogits.compact_rows_kernel,
+    "divergence_stats": divergence_stats.divergence_stats_kernel,
+    "divergence_dlogits": divergence_dlogits.divergence_dlogits_kernel,
+    "divergence_row_stats": divergence_stats.divergence_row_stats_kernel,
+    "divergence_row_dlogits": divergence_dlogits.divergence_row_dlogits_kernel,
+    "policy_loss": policy_loss.policy_loss_kernel,
+    "finish_sums": policy_loss.finish_sums_kernel,
+    "gae": gae.gae_kernel,
+    "segment_sum": segments.segment_sum_kernel,
+    "segment_spread": segments.segment_spread_kernel,
+    "pair_logits": segments.pair_logits_kernel,
+    "support_stats": support_stats.support_stats_kernel,
+    "support_dlogits": support_stats.support_dlogits_kernel,
+    "gather_sum": support_stats.gather_sum_kernel,
 }
-TABLES = {"linear_stats": tiles.LINEAR_STATS, "linear_dlogits": tiles.LINEAR_DLOGITS}
+GEMMS = {"linear_stats": tiles.LINEAR_STATS, "linear_dlogits": tiles.LINEAR_DLOGITS}
+TWO_HEADS = {"divergence_stats": tiles.DIVERGENCE_STATS, "divergence_dlogits": tiles.DIVERGENCE_DLOGITS}
+GATHERS = ("support_stats", "gather_sum")
+VECTORS = ("policy_loss", "finish_sums", "segment_sum", "segment_spread", "pair_logits", "support_dlogits", "gae")
+TABLES = {**GEMMS, **TWO_HEADS, **dict.fromkeys(VECTORS, tiles.VECTORS), **dict.fromkeys(GATHERS, tiles.GATHER)}
+ONE_VARIANT = ("finish_stats", "compact_rows", *VECTORS)
 
 
 def cases(archs: list[str], variants: list[str], kernels: list[str]) -> list[Case]:
@@ -90,9 +141,11 @@ def cases(archs: list[str], variants: list[str], kernels: list[str]) -> list[Cas
     for arch in archs:
         for kernel in kernels:
             tile = TABLES.get(kernel, tiles.ROWS)[arch]
-            for variant in variants if kernel not in ("finish_stats", "compact_rows") else ["full"]:
+            for variant in variants if kernel not in ONE_VARIANT else ["full"]:
                 made.append(Case(kernel, arch, variant, tile, tile.descriptors))
-                if kernel in TABLES and variant == "full":
+                if kernel in TWO_HEADS and variant == "full" and tile.descriptors:
+                    made.append(Case(kernel, arch, variant, tiles.DIVERGENCE_POINTERS, False))
+                if kernel in GEMMS and variant == "full":
                     made.append(Case(kernel, arch, variant, tiles.FP32_LINEAR, False, "fp32"))
                     if tile.descriptors:
                         made.append(Case(kernel, arch, variant, tiles.POINTERS, False))
@@ -105,9 +158,15 @@ def constants(case: Case) -> dict:
     values = dict(BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_K=tile.depth, BLOCK=256, GROUP=16, PARTS=tile.parts)
     values |= dict(TMA=case.descriptors, EVEN_K=not full or case.descriptors, WIDEN=False)
     values |= dict.fromkeys(("SOFTCAP", "SQUARES", "ARGMAX"), full) | dict(ENTROPY=case.variant != "plain")
-    values |= dict(stride_hk=1, stride_wk=1)
+    values |= dict(stride_hk=1, stride_wk=1, STEPS=policy_loss.STEPS, DUAL=True, KIND=3)
+    if TABLES.get(case.kernel) is tiles.VECTORS:
+        values |= dict(BLOCK=tile.columns, MEAN=True, PAIRS=True, ACC=tl.float32)
+    if case.kernel.startswith("divergence"):
+        values |= dict(KIND=2, OTHER_SOFTCAP=full, stride_gk=1, stride_uk=1)
+    if case.kernel in GATHERS:
+        values |= dict(BLOCK_H=tile.columns, SPAN=support_stats.SPAN)
     if not full:
-        values |= dict(bias=None, outer_rows=None, d_bias_parts=None)
+        values |= dict.fromkeys(("bias", "outer_rows", "d_bias_parts", "other_bias", "other_outer_rows"))
     return values
 
 
@@ -117,8 +176,10 @@ def source(case: Case) -> ASTSource:
     types = {name: POINTERS.get(name, "i32").replace("bf16", case.dtype) for name in kernel.arg_names}
     types |= {n: "*fp32" for n in types if n.startswith("out_") and n != "out_hits"}
     if case.descriptors:
-        types["hidden"] = f"tensordesc<{case.dtype}[{case.tile.rows}, {case.tile.depth}]>"
-        types["weight"] = f"tensordesc<{case.dtype}[{case.tile.columns}, {case.tile.depth}]>"
+        for name in ("hidden", "weight", "other_hidden", "other_weight"):
+            rows = case.tile.rows if name.endswith("hidden") else case.tile.columns
+            if name in types:
+                types[name] = f"tensordesc<{case.dtype}[{rows}, {case.tile.depth}]>"
     types |= dict.fromkeys(fixed, "constexpr")
     divisible = ALIGNED if case.variant == "full" else (*ALIGNED, "V")
     aligned = [n for n, t in types.items() if t.startswith("*") or (n in divisible and t == "i32")]

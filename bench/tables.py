@@ -1,9 +1,10 @@
-"""bench/results/*.json -> the tables of README.md: `<!-- bench:begin -->` ... `<!-- bench:end -->`, and `quickstart:`.
+"""bench/results/*.json -> the tables of README.md and docs/benchmarks.md, between `<!-- NAME:begin -->` and `:end`.
 
     python bench/tables.py           write them
-    python bench/tables.py --check   exit 1 if README.md does not show what the files say
+    python bench/tables.py --check   exit 1 if a page does not show what the files say
 
-Each table stands under the command that made its file; device, versions and commit stand under the table.
+Each table stands under the command that made its file; device, versions and commit stand under the table. What is asked
+for and has no record is shown as not measured.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-LOSSES = {"ppo_clip": "clipped policy loss", "nll": "mean cross-entropy"}
+import asked
+import common
+
+from fastrl.bench import report
+
+ROOT = common.ROOT
 NAMES = {"fastrl": "fastrl", "trl": "TRL"}
+PLOTS = {
+    "head_time.png": "Time of forward and backward against N and against V",
+    "head_memory.png": "Peak memory against N and against V",
+    "head_floor.png": "Share of the bare GEMMs' speed against N and against V",
+}
 Record = dict[str, Any]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+Found = list[tuple[str, Record]]  # (file name, record)
+table = report.markdown
 
 
 def where(record: Record) -> str:
@@ -45,21 +51,67 @@ def mib(value: float | None) -> str:
     return "?" if value is None else f"{value:,.0f} MiB"
 
 
-# -- one function per kind of record -----------------------------------------------------------------------------------
+# -- the head ----------------------------------------------------------------------------------------------------------
+def case_table(entry: dict[str, Any]) -> str:
+    title = entry["title"][0].upper() + entry["title"][1:]
+    below = "".join(f"<br>{note}" for note in report.notes(entry))
+    shown = table(report.HEADER, report.rows_of(entry))
+    return f"**{title}**\n\n{shown}" + (f"\n\n<sub>{below.removeprefix('<br>')}</sub>" if below else "")
+
+
 def head(record: Record, source: str) -> str:
-    shape = f"N={record['rows']} D={record['hidden']} V={record['vocabulary']} {record['dtype']}"
-    floor = record["three_gemms"]["median_s"]
-    rows = [["three bare GEMMs", f"{floor:.2f} s", "1.00", "", "", "", ""]]
-    for name, row in record["contenders"].items():
-        error = row["error_vs_float64"]
-        errors = [error.get(f"{output}_relative_l2") for output in ("logprobs", "d_hidden", "d_weight")]
-        shown = ["" if e is None else f"{e:.1e}" for e in errors]
-        rows.append([name, f"{row['median_s']:.2f} s", f"{row['times_gemms']:.2f}", mib(row["extra_peak_mib"]), *shown])
-    header = ["LM head, forward + backward", "time", "x GEMMs", "extra peak memory", "log-prob error", "dH", "dW"]
-    title = f"**{LOSSES[record['loss']].capitalize()}**, {shape}. Memory includes the returned gradients; errors are"
-    return f"{title} relative (L2) to float64. {made_by(record, source)}\n\n{table(header, rows)}"
+    return "\n\n".join([*(case_table(entry) for entry in record["cases"]), made_by(record, source)])
 
 
+def holds(found: Found) -> str:
+    """Asked against measured: the newest records that were measured at full size, or the bare questions."""
+    rows, records = [], []
+    for kind, lines in (("must_hold", asked.CPU), ("gpu", asked.GPU)):
+        mine = [(source, r) for source, r in found if r["bench"] == kind and full(r)]
+        records += mine
+        wanted = {(line.shape, line.text) for line in lines}
+        shown = [row for _, r in mine for row in r["lines"] if (row["shape"], row["line"]) in wanted]
+        rows += [asked.shown(row) for row in shown or [line.row(None) for line in lines]]
+    parts = [table(["the head", "shape", "asked", "measured", ""], rows)]
+    parts += [f"{made_by(r, source)}<br><sub>{where(r)}</sub>" for source, r in records]
+    if not any(r["bench"] == "gpu" for _, r in records):
+        parts.append("GPU (bfloat16) rows: not measured; `python bench/gpu.py` measures them in under 9 minutes.")
+    return "\n\n".join(parts)
+
+
+def full(record: Record) -> bool:
+    return record.get("scale", 1) == 1 and record.get("measured", True)
+
+
+def pictures(found: Found) -> str:
+    parts = [f"![{text}](docs/{name})" for name, text in PLOTS.items() if (ROOT / "docs" / name).exists()]
+    swept = [(source, r) for source, r in found if r["bench"] == "sweep" and full(r)]
+    return "\n\n".join(["\n".join(parts), *(f"{made_by(r, source)}<br><sub>{where(r)}</sub>" for source, r in swept)])
+
+
+def every_case(found: Found) -> str:
+    """All tables of the records behind `holds`, and the tile search's, for docs/benchmarks.md."""
+    parts = []
+    for source, record in found:
+        if record["bench"] == "must_hold" and full(record):
+            parts += [case_table(entry) for entry in record["cases"]] + [f"{made_by(record, source)}"]
+        if record["bench"] == "gpu" and full(record):
+            rows = [row for phase in record["phases"].values() for row in phase["rows"]]
+            parts += [case_table(row) for row in rows if "contenders" in row] + [tile_table(rows)]
+            parts.append(made_by(record, source))
+    text = "\n\n".join(parts) or "No record yet: not measured."
+    return text.replace("(bench/results/", "(../bench/results/")
+
+
+def tile_table(rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for row in (r for r in rows if "tile" in r):
+        figures = [f"{row['median_s'] * 1e3:.3f} ms", f"{row['rate']:.4g} {row['unit']}"] if "rate" in row else ["", ""]
+        cells.append([row["kernel"], row["shape"], f"`{row['tile']}`", *figures, row.get("not_run", "")])
+    return table(["kernel", "shape", "tile", "time", "rate", ""], cells)
+
+
+# -- the trainer and the rest ------------------------------------------------------------------------------------------
 def trainer(record: Record, source: str) -> str:
     rows = []
     for stage, result in record["stages"].items():
@@ -104,22 +156,34 @@ def quickstart(record: Record, source: str) -> str:
     return f"{table(header, rows)}\n\n{text} {made_by(record, source)}"
 
 
-MAKERS: dict[str, dict[str, Callable[[Record, str], str]]] = {
-    "quickstart": {"quickstart": quickstart},
-    "bench": {"head_vs_gemm": head, "trainer_vs_trl": trainer, "exactness": exactness},
+def each(kinds: dict[str, Callable[[Record, str], str]]) -> Callable[[Found], str]:
+    """Every record of these kinds, in the order of the kinds, then by file name."""
+
+    def make(found: Found) -> str:
+        parts = []
+        for kind, maker in kinds.items():
+            rows = [(source, r) for source, r in found if r["bench"] == kind]
+            parts += [f"{maker(r, source)}\n\n<sub>{where(r)}</sub>" for source, r in rows]
+        return "\n\n".join(parts)
+
+    return make
+
+
+PAGES: dict[str, dict[str, Callable[[Found], str]]] = {
+    "README.md": {
+        "quickstart": each({"quickstart": quickstart}),
+        "holds": holds,
+        "pictures": pictures,
+        "bench": each({"head": head, "trainer_vs_trl": trainer, "exactness": exactness}),
+    },
+    "docs/benchmarks.md": {"cases": every_case},
 }
 
 
-# -- README ------------------------------------------------------------------------------------------------------------
-def render(results: Path, block: str) -> str:
-    """Every record that has a table in the block, in the order of MAKERS, then by file name."""
+# -- pages -------------------------------------------------------------------------------------------------------------
+def records(results: Path) -> Found:
     found = [(path.name, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    parts = []
-    for kind, make in MAKERS[block].items():
-        for source, record in found:
-            if isinstance(record, dict) and record.get("bench") == kind:
-                parts.append(f"{make(record, source)}\n\n<sub>{where(record)}</sub>")
-    return "\n\n".join(parts)
+    return [(name, r) for name, r in found if isinstance(r, dict) and "bench" in r]
 
 
 def replace_between(text: str, body: str, block: str, name: str = "README.md") -> str:
@@ -133,20 +197,24 @@ def replace_between(text: str, body: str, block: str, name: str = "README.md") -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where the pages stand")
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
     args = parser.parse_args()
-    text = args.readme.read_text(encoding="utf-8")
-    wanted = text
-    for block in MAKERS:
-        wanted = replace_between(wanted, render(args.results, block), block, args.readme.name)
-    if args.check:
-        if wanted != text:
-            print(f"{args.readme} does not show bench/results; run: python bench/tables.py", file=sys.stderr)
-        return int(wanted != text)
-    args.readme.write_text(wanted, encoding="utf-8")
-    return 0
+    found, stale = records(args.results), []
+    for page, blocks in PAGES.items():
+        path = args.root / page
+        text = path.read_text(encoding="utf-8")
+        wanted = text
+        for block, make in blocks.items():
+            wanted = replace_between(wanted, make(found), block, page)
+        if args.check:
+            stale += [page] * (wanted != text)
+        else:
+            path.write_text(wanted, encoding="utf-8")
+    if stale:
+        print(f"{', '.join(stale)}: not what bench/results says; run: python bench/tables.py", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

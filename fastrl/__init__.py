@@ -12,6 +12,7 @@ _HOMES = {
     "LossOutput": "fastrl.objective",
     "fused_loss": "fastrl.ops",
     "linear_cross_entropy": "fastrl.ops",
+    "linear_divergence": "fastrl.ops",
     "linear_logprobs": "fastrl.ops",
     "loss_from_logprobs": "fastrl.ops",
 }

@@ -1,4 +1,4 @@
-"""The `fastrl` command: sft, dpo, grpo, quickstart, doctor. Torch loads only once there is something to train."""
+"""The `fastrl` command: sft, dpo, grpo, quickstart, doctor, bench. Torch loads once there is something to do."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ fastrl: post-training of language models; logits never formed
                                                                         sampled, scored, reinforced
   fastrl quickstart [--short]     a small model learns arithmetic: SFT, then GRPO, with plots
   fastrl doctor                   versions, devices, optional packages
+  fastrl bench [--what all]       the head against bare GEMMs and against rivals
   fastrl COMMAND --help           every flag with its default
   fastrl --version
 
@@ -117,6 +118,10 @@ def quickstart(argv: list[str]) -> int:
     return importlib.import_module("fastrl.quickstart").main(argv)
 
 
+def bench(argv: list[str]) -> int:
+    return importlib.import_module("fastrl.bench").main(argv)
+
+
 def doctor(argv: list[str]) -> int:
     """What this machine has. Exit code 1 if something that fastrl needs is missing."""
     if argv:
@@ -139,10 +144,10 @@ OPTIONAL = {
     "flash-attn": "packed attention on a GPU; torch's own is used without it",
     "tensorboard": "--report_to tensorboard",
     "wandb": "--report_to wandb",
-    "trl": "bench/",
-    "liger-kernel": "bench/",
+    "trl": "fastrl bench",
+    "liger-kernel": "fastrl bench",
 }
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"quickstart": quickstart, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"quickstart": quickstart, "doctor": doctor, "bench": bench}
 
 
 def _report(name: str, otherwise: str) -> bool:

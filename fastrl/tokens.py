@@ -186,6 +186,18 @@ class TokenBatch:
         cu = (self.cu_seqlens - start).clamp(0, stop - start)
         return dataclasses.replace(self, **new, cu_seqlens=cu, advantages=advantages)
 
+    def sequences(self, start: int, stop: int, first_row: int, last_row: int) -> TokenBatch:
+        """Sequences [start, stop), which are rows [first_row, last_row). Counts stay global: they must be given."""
+        new = {n: None if (x := getattr(self, n)) is None else x[first_row:last_row] for n in TOKEN_FIELDS}
+        for name in ("labels", "group_ids", "rewards", "group_tokens"):
+            new[name] = None if (x := getattr(self, name)) is None else x[start:stop]
+        margins = None if self.margins is None else self.margins[start // 2 : stop // 2]
+        advantages = self.advantages
+        if advantages is not None:
+            advantages = advantages[first_row:last_row] if self._is_per_token() else advantages[start:stop]
+        cu = self.cu_seqlens[start : stop + 1] - first_row
+        return dataclasses.replace(self, **new, margins=margins, advantages=advantages, cu_seqlens=cu)
+
     def to(self, *args, **kwargs) -> TokenBatch:
         """Move every tensor (same arguments as Tensor.to with a device)."""
         moved = {

@@ -41,6 +41,18 @@ LINEAR_STATS = {
     "interpreter": Tile(32, 64, 32, 4, 1, 2, descriptors=True),
 }
 LINEAR_DLOGITS = dict(LINEAR_STATS)
+# Two accumulators, one a head; the statistics carry four sums a row besides, and 128 x 128 spills there on sm_90.
+DIVERGENCE_DLOGITS = {
+    "sm_80": Tile(64, 128, 32, 8, 3, 4),
+    "sm_90": Tile(128, 128, 64, 8, 3, 8, descriptors=True),
+    "sm_100": Tile(128, 128, 64, 8, 3, 8, descriptors=True),
+    "sm_120": Tile(64, 128, 64, 8, 2, 4, descriptors=True),
+    "gfx942": Tile(64, 128, 32, 8, 2, 4),
+    "interpreter": Tile(32, 64, 32, 4, 1, 2, descriptors=True),
+}
+DIVERGENCE_STATS = DIVERGENCE_DLOGITS | {"sm_90": Tile(128, 64, 64, 8, 4, 4, descriptors=True)}
+DIVERGENCE_POINTERS = DIVERGENCE_DLOGITS["sm_80"]
+DIVERGENCE_FP32 = Tile(32, 64, 32, 4, 2, 4)  # as FP32_LINEAR: for whoever calls the kernels by hand
 # Row kernels: columns of one row per step.
 ROWS = {
     "sm_80": Tile(1, 4096, num_warps=8),
@@ -50,6 +62,9 @@ ROWS = {
     "gfx942": Tile(1, 4096, num_warps=8),
     "interpreter": Tile(1, 128),
 }
+# Gathered rows (rows x columns of H per step), and kernels over [T] vectors (elements per step).
+GATHER = {**dict.fromkeys(ROWS, Tile(16, 128, num_warps=8)), "interpreter": Tile(8, 32)}
+VECTORS = {**dict.fromkeys(ROWS, Tile(1, 1024, num_warps=4)), "interpreter": Tile(1, 128)}
 # Operands that no tensor map can describe (unaligned rows, transposed weights), on chips whose tile wants one.
 POINTERS = LINEAR_STATS["sm_80"]
 # fp32 operands take twice the shared memory and run on the vector units; on sm_80, with every option, 24 bytes spill.
@@ -76,7 +91,7 @@ def pick(table: dict[str, Tile], x: Tensor) -> Tile:
             "set before triton is imported); use backend='torch'"
         )
     name = architecture(x.device.index if x.device.type == "cuda" else -1)
-    if x.dtype == torch.float32 and table is not ROWS and name != "interpreter":
+    if x.dtype == torch.float32 and table not in (ROWS, GATHER, VECTORS) and name != "interpreter":
         return FP32_LINEAR
     return table[name]
 

@@ -1,6 +1,7 @@
 """What the operators and losses are held against: materialised logits in plain torch, and each paper's formula.
 
-Written on its own, from the definitions: nothing here calls fastrl's operators, objectives or aggregation.
+Written on its own, from the definitions: nothing here calls fastrl's operators, objectives or aggregation (Watch, which
+counts what a call costs, looks into the operators).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrl.ops import custom
 
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
 EVERY_STAT = (*DIFFERENTIABLE, "log_sum_sq_probs", "is_argmax")
@@ -140,8 +143,11 @@ class Watch(TorchDispatchMode):
         self.macs, self.largest, self.peak, self.live = 0, 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if func.namespace == "fastrl":  # look into our own operators
+            with self:
+                return getattr(custom, name)._init_fn(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             self.macs += a.numel() * b.shape[-1]

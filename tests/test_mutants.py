@@ -18,9 +18,8 @@ import fastrl.losses.kl
 import fastrl.losses.policy
 import fastrl.losses.preference
 import fastrl.objective
-import fastrl.ops.chunk as chunk
 import fastrl.ops.fused as fused
-import fastrl.ops.torch_backend as backend
+from fastrl.ops import native_backend, rows_native, rows_torch, torch_backend, walk
 from fastrl.ops.head import Coefs, Saved
 
 MUTANTS: dict[str, tuple[Callable, Callable]] = {}
@@ -65,116 +64,135 @@ def wrap(patch, owner, name: str, change: Callable) -> None:
     patch.setattr(owner, name, change(getattr(owner, name)))
 
 
+def in_rows(patch, method: str, change: Callable) -> None:
+    """Change the arguments of the row work, in torch and in C++: of fold (state, raw, head, bias, targets, word,
+    outputs) or of dlogits (raw, head, bias, targets, word, law, keep, out)."""
+    for module in (rows_torch, rows_native):
+        wrap(patch, module.Rows, method, lambda f: lambda self, *args: f(self, *change(*args)))
+
+
 def in_dlogits(patch, change: Callable) -> None:
-    """Change the arguments (e, head, targets, saved, coefs, keep, block) of the gradient of a chunk."""
-    wrap(patch, backend, "chunk_dlogits", lambda f: lambda *args: f(*change(*args)))
+    in_rows(patch, "dlogits", change)
+
+
+def in_law(patch, change: Callable) -> None:
+    """Change the arguments (head, saved, coefs) of the law of the gradient."""
+    wrap(patch, walk, "row_law", lambda f: lambda *args: f(*change(*args)))
 
 
 @mutant(operators())
 def zero_weight_gradient(patch):
-    wrap(patch, backend._Gradients, "finish", lambda f: lambda self: (lambda h, w, b: (h, w * 0, b))(*f(self)))
+    wrap(patch, walk.Gradients, "finish", lambda f: lambda self: (lambda h, w, b: (h, w * 0, b))(*f(self)))
 
 
 @mutant(operators())
 def zero_bias_gradient(patch):
-    wrap(patch, backend._Gradients, "finish", lambda f: lambda self: (lambda h, w, b: (h, w, b * 0))(*f(self)))
+    wrap(patch, walk.Gradients, "finish", lambda f: lambda self: (lambda h, w, b: (h, w, b * 0))(*f(self)))
 
 
 @mutant(operators())
-def last_chunk_dropped_from_the_gradients(patch):
-    def change(f):
-        return lambda self, dz, a, b, keep=None: f(self, dz, a, b, keep) if b < self.run.hidden.shape[0] else None
-
-    wrap(patch, backend._Gradients, "add", change)
+def last_rows_dropped_from_the_gradients(patch):
+    wrap(patch, walk.Gradients, "add", lambda f: lambda self, sources: f(self, sources[:-1]))
 
 
-@mutant(operators())
+def overwriting(f):
+    def again(self, sources):
+        self.fresh = True
+        f(self, sources)
+
+    return again
+
+
+@mutant(paper("nll"))
 def every_chunk_overwrites_the_last(patch):
-    def change(f):
-        def again(self, dz, h):
-            self.fresh = True
-            f(self, dz, h)
+    wrap(patch, walk.Gradients, "add", overwriting)
 
-        return again
 
-    wrap(patch, backend._Gradients, "_add_weight", change)
+@mutant(lambda: check_accurate(problem(n=48, h=64, v=601, dtype=DTYPES["fp32"])))
+def last_tile_of_words_dropped_from_the_forward(patch):
+    wrap(patch, walk.Walk, "forward", dropping_the_last_tile)
+
+
+@mutant(lambda: check_accurate(problem(n=48, h=64, v=601, dtype=DTYPES["fp32"])))
+def last_tile_of_words_dropped_from_the_backward(patch):
+    wrap(patch, walk.Gradients, "add", dropping_the_last_tile)
+
+
+def dropping_the_last_tile(f):
+    def dropped(self, *args):
+        own, true = getattr(self, "walk", self), walk.Walk.tiles
+        own.tiles = lambda columns: list(true(own, columns))[:-1]
+        try:
+            return f(self, *args)
+        finally:
+            del own.tiles
+
+    return dropped
 
 
 @mutant(lambda: check_flat_error(torch.bfloat16))
 def weight_gradient_summed_in_bfloat16(patch):
     def change(f):
-        def rounded(self, dz, h):
-            f(self, dz, h)
+        def rounded(self, sources):
+            f(self, sources)
             self.d_weight.copy_(self.d_weight.bfloat16())
 
         return rounded
 
-    wrap(patch, backend._Gradients, "_add_weight", change)
+    wrap(patch, walk.Gradients, "add", change)
 
 
 @mutant(operators("temperature"))
 def temperature_missing_in_the_backward(patch):
-    in_dlogits(patch, lambda e, head, *rest: (e, dataclasses.replace(head, temperature=1.0), *rest))
+    in_dlogits(patch, lambda raw, head, *rest: (raw, dataclasses.replace(head, temperature=1.0), *rest))
 
 
 @mutant(operators("logit_scale"))
 def logit_scale_missing_in_the_backward(patch):
-    in_dlogits(patch, lambda e, head, *rest: (e, dataclasses.replace(head, logit_scale=1.0), *rest))
+    in_dlogits(patch, lambda raw, head, *rest: (raw, dataclasses.replace(head, logit_scale=1.0), *rest))
 
 
 @mutant(operators("softcap"))
 def softcap_slope_missing(patch):
-    in_dlogits(patch, lambda e, head, *rest: (e, dataclasses.replace(head, softcap=None), *rest))
+    in_dlogits(patch, lambda raw, head, *rest: (raw, dataclasses.replace(head, softcap=None), *rest))
 
 
 @mutant(operators("per_token_temperature"))
 def temperatures_of_other_rows(patch):
-    def change(e, head, *rest):
-        return e, dataclasses.replace(head, temperature=head.temperature.flip(0)), *rest
+    def change(raw, head, *rest):
+        return raw, dataclasses.replace(head, temperature=head.temperature.flip(0)), *rest
 
     in_dlogits(patch, change)
 
 
 @mutant(operators())
 def target_off_by_one_in_the_gradient(patch):
-    in_dlogits(patch, lambda e, head, targets, *rest: (e, head, (targets + 1) % e.shape[1], *rest))
+    in_dlogits(patch, lambda raw, head, bias, targets, *rest: (raw, head, bias, (targets + 1) % len(raw), *rest))
 
 
 @mutant(operators())
 def target_off_by_one_in_the_forward(patch):
-    wrap(patch, backend, "chunk_stats", lambda f: lambda z, head, t, *rest: f(z, head, (t + 1) % z.shape[1], *rest))
+    in_rows(patch, "fold", lambda s, raw, head, bias, t, *rest: (s, raw, head, bias, (t + 1) % len(raw), *rest))
 
 
 @mutant(operators(names=("entropy",)))
 def entropy_gradient_dropped(patch):
-    def change(e, head, targets, saved, coefs, *rest):
-        return e, head, targets, saved, Coefs(coefs.logprobs, coefs.entropy * 0, coefs.logsumexp), *rest
-
-    in_dlogits(patch, change)
+    in_law(patch, lambda head, saved, c: (head, saved, Coefs(c.logprobs, c.entropy * 0, c.logsumexp)))
 
 
 @mutant(operators(names=("entropy",)))
 def entropy_gradient_forgets_the_entropy_itself(patch):
-    def change(e, head, targets, saved, *rest):
-        return e, head, targets, dataclasses.replace(saved, entropy=saved.entropy * 0), *rest
-
-    in_dlogits(patch, change)
+    in_law(patch, lambda head, saved, coefs: (head, dataclasses.replace(saved, entropy=saved.entropy * 0), coefs))
 
 
 @mutant(operators(names=("logsumexp",)))
 def logsumexp_gradient_with_the_wrong_sign(patch):
-    def change(e, head, targets, saved, coefs, *rest):
-        return e, head, targets, saved, Coefs(coefs.logprobs, coefs.entropy, -coefs.logsumexp), *rest
-
-    in_dlogits(patch, change)
+    in_law(patch, lambda head, saved, c: (head, saved, Coefs(c.logprobs, c.entropy, -c.logsumexp)))
 
 
 @mutant(operators())
 def log_sum_with_the_wrong_sign(patch):
-    def change(e, head, targets, saved, *rest):
-        return e, head, targets, Saved(saved.max, -saved.log_sum, saved.logprobs, saved.entropy), *rest
-
-    in_dlogits(patch, change)
+    in_law(patch, lambda head, s, coefs: (head, Saved(s.max, -s.log_sum, s.logprobs, s.entropy), coefs))
 
 
 @mutant(operators())
@@ -185,16 +203,21 @@ def upstream_gradients_replaced_by_their_mean(patch):
 
         return mean
 
-    wrap(patch, backend, "gradients", change)
+    for backend in (torch_backend, native_backend):
+        wrap(patch, backend, "gradients", change)
 
 
 @mutant(dropping_rows)
 def hidden_gradient_not_scattered_back(patch):
-    def front(self, dim, rows, x):
-        self[: x.shape[0]] = x
-        return self
+    def front(f):
+        def source(self, chosen, *rest, **more):
+            made = f(self, chosen, *rest, **more)
+            made.rows = slice(0, chosen.shape[0])
+            return made
 
-    patch.setattr(torch.Tensor, "index_copy_", front)
+        return source
+
+    wrap(patch, walk.Walk, "source", front)
 
 
 @mutant(paper("ppo_clip", 0))
@@ -204,8 +227,8 @@ def hidden_gradient_of_kept_rows_not_scattered_back(patch):
 
 @mutant(paper("ppo_clip", 0))
 def kept_rows_compacted_with_the_wrong_index(patch):
-    def change(e, head, targets, saved, coefs, keep, block):
-        return e, head, targets, saved, coefs, None if keep is None else torch.arange(keep.shape[0]), block
+    def change(raw, head, bias, targets, word, law, keep, out):
+        return raw, head, bias, targets, word, law, None if keep is None else torch.arange(keep.shape[0]), out
 
     in_dlogits(patch, change)
 
@@ -213,7 +236,15 @@ def kept_rows_compacted_with_the_wrong_index(patch):
 @mutant(lambda: check_offset(-1e4))
 def maximum_starts_at_zero(patch):
     """The verl#7439 class: all-negative logits reduced from an identity of 0."""
-    wrap(patch, torch.Tensor, "max", lambda f: lambda self, dim: (lambda m: (m[0].clamp(min=0.0), m[1]))(f(self, dim)))
+    def change(f):
+        def state(*args):
+            made = f(*args)
+            made.top.zero_()
+            return made
+
+        return state
+
+    wrap(patch, walk, "new_state", change)
 
 
 @mutant(lambda: check_confident(1e-9))
@@ -229,18 +260,29 @@ def one_minus_p_by_subtraction(patch):
 @mutant(lambda: check_regime("scale_640", torch.bfloat16))
 def forward_logits_rounded_to_bfloat16_but_not_the_backwards(patch):
     """The marin#8217 class: the normaliser belongs to other logits than the probabilities."""
-    wrap(patch, backend, "chunk_stats", lambda f: lambda z, *rest: f(z.copy_(z.bfloat16()), *rest))
+
+    def change(state, raw, *rest):
+        rounded = torch.zeros(raw.shape[0], -(-raw.shape[1] // 16) * 16)[:, : raw.shape[1]]
+        return state, rounded.copy_(raw.bfloat16()), *rest
+
+    in_rows(patch, "fold", change)
 
 
 @mutant(lambda: check_accurate(problem(n=48, h=64, v=211, dtype=DTYPES["fp32"], scale=3.0)))
 def logits_rounded_to_bfloat16(patch):
-    wrap(patch, backend._Run, "project", lambda f: lambda self, a, b: f(self, a, b).bfloat16().float())
+    def change(f):
+        def rounded(self, a, b, out, beta=0):
+            return f(self, a, b, out, beta) if beta else out.copy_(f(self, a, b, out).bfloat16())
+
+        return rounded
+
+    wrap(patch, walk.Walk, "mm", change)
 
 
-@mutant(lambda: check_regime("inf_columns", torch.float32))
+@mutant(lambda: check_regime("inf_columns", torch.float64))
 def zero_times_minus_infinity(patch):
     """The TRL#7221 class: p log p of a masked word taken as it stands."""
-    patch.setattr(chunk, "FLOOR", -torch.inf)
+    patch.setattr(rows_torch, "FAR", torch.inf)
 
 
 @mutant(operators("ignored"))
@@ -384,5 +426,5 @@ def test_the_suite_notices(name, monkeypatch):
 
 
 def test_mutants_restore_what_they_change():
-    assert chunk.torch.log1p(torch.zeros(1)) == 0
+    assert torch.log1p(torch.zeros(1)) == 0
     operators()()

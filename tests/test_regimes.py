@@ -14,6 +14,7 @@ from test_operators import DTYPES, check_accurate, check_exact, ours_run
 
 from fastrl import linear_logprobs
 
+EACH_ROW_WORK = True
 N, H, V = 24, 32, 101
 
 

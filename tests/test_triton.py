@@ -19,12 +19,13 @@ from fastrl import losses  # noqa: E402
 from fastrl.kernels import launch, linear_dlogits, linear_stats, row_dlogits, row_stats, tiles  # noqa: E402
 from fastrl.kernels.launch import LogitScale  # noqa: E402
 from fastrl.ops import fused_loss, linear_logprobs, triton_backend  # noqa: E402
-from fastrl.ops.head import Coefs, HeadSpec  # noqa: E402
+from fastrl.ops.head import Coefs, HeadSpec, Plan  # noqa: E402
 from fastrl.ops.triton_sink import Sink  # noqa: E402
 from fastrl.tokens import TokenBatch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOW = {"backend": "triton"}
+PLAN = Plan(1 << 20)
 TILE = tiles.LINEAR_STATS["interpreter"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on values that a tl.where then drops
 
@@ -111,7 +112,7 @@ def test_float16_coefficients_as_small_as_one_over_the_tokens_do_not_underflow()
     leaves = p.leaves()
     stats = linear_logprobs(*leaves[:2], p.targets, outputs=DIFFERENTIABLE, **HOW)
     head, h = HeadSpec(leaves[1].detach()), leaves[0].detach()
-    _, saved = triton_backend.statistics(head, h, p.targets, DIFFERENTIABLE, 1 << 20)
+    _, saved, _ = triton_backend.statistics(head, h, p.targets, DIFFERENTIABLE, PLAN)
     coefs = Coefs(**{n: p.upstream[n].to(stats.logprobs.dtype) for n in DIFFERENTIABLE})
     sink = Sink(head, h, (True, True, False))
     law = sink.rescale(triton_backend._row_gradient(head, saved, coefs))
@@ -241,13 +242,13 @@ def test_nan_stays_in_its_row():
 def test_unknown_targets_poison_their_row_alone(dtype, bad):
     p = there(problem(dtype=DTYPES[dtype]))
     head = HeadSpec(p.weight)
-    clean, _ = triton_backend.statistics(head, p.hidden, p.targets, EVERY_STAT, 1 << 20)
+    clean, _, _ = triton_backend.statistics(head, p.hidden, p.targets, EVERY_STAT, PLAN)
     p.targets[5] = bad
-    stats, saved = triton_backend.statistics(head, p.hidden, p.targets, EVERY_STAT, 1 << 20)
+    stats, saved, _ = triton_backend.statistics(head, p.hidden, p.targets, EVERY_STAT, PLAN)
     other = torch.arange(13, device=DEVICE) != 5
     assert stats.logprobs[5].isnan() and torch.equal(stats.logprobs[other], clean.logprobs[other])
     coefs = Coefs(logprobs=torch.ones(13, device=DEVICE))
-    d_hidden, _, _ = triton_backend.gradients(head, p.hidden, p.targets, saved, coefs, (True, True, False), 1 << 20)
+    d_hidden, _, _ = triton_backend.gradients(head, p.hidden, p.targets, saved, coefs, (True, True, False), PLAN)
     assert d_hidden[5].isnan().all() and not d_hidden[other].isnan().any()
 
 
@@ -268,7 +269,8 @@ def check_one_pass(p: Problem, kept: torch.Tensor, workspace: int) -> list[tuple
         options["temperature"] = options["temperature"].float()
     head = HeadSpec(p.weight, p.bias, **options)
     needs = (True, True, p.bias is not None)
-    stats, *grads = triton_backend.one_pass(head, p.hidden, p.targets, EVERY_STAT, coefficient, needs, workspace)
+    plan = Plan(workspace)
+    stats, *grads, _ = triton_backend.one_pass(head, p.hidden, p.targets, EVERY_STAT, coefficient, needs, plan)
     assert_rule7(p, stats, grads)
     return windows
 
@@ -296,11 +298,11 @@ def test_one_pass_without_rows_or_without_needs():
     p = there(problem(n=0, bias=True, dtype=torch.bfloat16))
     head = HeadSpec(p.weight, p.bias)
     none = lambda start, stop, stats: Coefs(logprobs=torch.zeros_like(stats.logprobs))  # noqa: E731
-    stats, *grads = triton_backend.one_pass(head, p.hidden, p.targets, ("logprobs",), none, (True,) * 3, 1 << 20)
+    stats, *grads, _ = triton_backend.one_pass(head, p.hidden, p.targets, ("logprobs",), none, (True,) * 3, PLAN)
     assert stats.logprobs.shape == (0,) and [g.shape for g in grads] == [x.shape for x in p.leaves()]
     q = there(problem(bias=True, dtype=torch.bfloat16))
-    stats, *grads = triton_backend.one_pass(
-        HeadSpec(q.weight, q.bias), q.hidden, q.targets, ("entropy",), none, (False,) * 3, 1 << 20
+    stats, *grads, _ = triton_backend.one_pass(
+        HeadSpec(q.weight, q.bias), q.hidden, q.targets, ("entropy",), none, (False,) * 3, PLAN
     )
     assert stats.entropy.shape == (13,) and grads == [None, None, None]
 

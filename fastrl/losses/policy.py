@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,10 @@ class Reinforce:
     def outputs(self) -> tuple[str, ...]:
         return ("entropy",) if self.entropy_coef else ()
 
+    def inert(self, batch: TokenBatch) -> Tensor | None:
+        """[T] bool: rows whose loss and gradient are 0 whatever the model says; None: there may be none."""
+        return None if self.kl_coef or self.entropy_coef else batch.token_advantages == 0
+
     def policy_loss(self, stats: TokenStats, batch: TokenBatch) -> Tensor:  # [T]
         return -batch.token_advantages * stats.logprobs
 
@@ -65,6 +69,18 @@ class Reinforce:
         if batch.ref_logprobs is None:
             return {}
         return {"kl": kl_estimate("k3", stats.logprobs, batch.ref_logprobs)}
+
+
+@dataclass(frozen=True)
+class ClippedSurrogate:
+    """The numbers that make up PPOClip's law, for a kernel that holds the same law (fastrl/ops/policy_kernel.py)."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl: str
+    kl_coef: float
+    entropy_coef: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,14 @@ class PPOClip(Reinforce):
             raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(f"dual_clip must exceed 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
+
+    @property
+    def clipped_surrogate(self) -> ClippedSurrogate | None:
+        """Its numbers if this object's law is exactly the one written here; None for a subclass that changes it."""
+        law = ("__call__", "policy_loss", "bounds", "metrics")
+        if any(getattr(type(self), name) is not getattr(PPOClip, name) for name in law):
+            return None
+        return ClippedSurrogate(*(getattr(self, f.name) for f in fields(ClippedSurrogate)))
 
     def bounds(self, d: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T] bools: clipped above (A > 0), clipped below (A < 0), dual-clipped (A < 0). Decided on d, without exp."""

@@ -79,6 +79,17 @@ def check_targets(targets: Tensor, rows: Tensor | None, vocabulary: int, debug_c
         )
 
 
+def check_temperatures(temperature: float | Tensor, rows: Tensor | None) -> None:
+    """[N] temperatures must be positive and finite; read on the CPU only, where that waits for nothing."""
+    if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
+        return
+    wrong = (~((temperature > 0) & temperature.isfinite())).nonzero()
+    if wrong.numel():
+        at = int(wrong[0])
+        row = at if rows is None else int(rows[at])
+        raise ValueError(f"temperature must be positive and finite, got {float(temperature[at])} at row {row}")
+
+
 def head_spec(weight: Tensor, bias, temperature, logit_scale: float, softcap: float | None, hidden: Tensor) -> HeadSpec:
     """Validated HeadSpec; a per-token temperature is flattened to [N] in the accumulation dtype."""
     if isinstance(temperature, Tensor) and temperature.dim() == 0:
@@ -94,11 +105,8 @@ def head_spec(weight: Tensor, bias, temperature, logit_scale: float, softcap: fl
                 "per row"
             )
         temperature = temperature.reshape(-1).to(hidden.device, accumulation_dtype(hidden.dtype))
-        if temperature.device.type == "cpu":
-            wrong = (~((temperature > 0) & temperature.isfinite())).nonzero()
-            if wrong.numel():
-                row = int(wrong[0])
-                raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}")
+        if not torch.compiler.is_compiling():  # a compiled call reads its numbers inside the operator
+            check_temperatures(temperature, None)
     elif not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; for greedy scores use 1.0")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):

@@ -3,13 +3,17 @@
     grad = sum_t c_t grad log pi(y_t) + h_t grad H_t,   c_t = dL/dlogp_t,   h_t = dL/dH_t
 
 c and h come from autograd over [T] vectors, which is free; the kernels see only those vectors.
-Token scope: c_t needs nothing but row t, so the gradient GEMMs follow the logits of each chunk at once (3 GEMMs, 2 with
-a frozen head). Wider scopes: statistics first, then a second pass that recomputes the logits (4 GEMMs).
+The gradient GEMMs follow the logits at once (3 GEMMs, 2 with a frozen head) where a unit of the objective's scope is
+known completely while its logits are there: any row of scope token, a sequence, pair, group or batch that fits the
+workspace. Of a larger unit the logits that do not fit are made again (between 3 and 4).
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,11 +28,13 @@ from fastrl.objective import (
     value_of,
     weighted_sum,
 )
-from fastrl.ops import dispatch
+from fastrl.ops import dispatch, policy_kernel
 from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
-from fastrl.ops.head import Coefs
-from fastrl.ops.linear import DIFFERENTIABLE, Call, head_statistics
+from fastrl.ops.custom import DIFFERENTIABLE
+from fastrl.ops.head import Coefs, HeadSpec, Plan
+from fastrl.ops.linear import head_statistics
 from fastrl.ops.once import no_second_derivative
+from fastrl.ops.shard import shard_of
 from fastrl.tokens import TokenBatch, TokenStats, compact
 
 
@@ -46,7 +52,10 @@ def fused_loss(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     backend: str | None = None,
+    strategy: str | None = None,
     workspace_bytes: int | None = None,
+    skip_inert: bool = False,
+    process_group=None,
     debug_checks: bool = False,
 ) -> LossOutput:
     """Loss of any objective straight from hidden states and the head, logits never formed.
@@ -58,6 +67,10 @@ def fused_loss(
             nothing in them can reach the loss, and they cost nothing.
         aggregate: None (the objective's own), one of fastrl.objective.AGGREGATES, or batch -> [T] weights.
         outputs: extra statistics to return in .stats and .metrics ("entropy", "is_argmax", ...).
+        strategy: None or "one_pass" (gradients in the forward), "two_pass" or "cached", as in linear_logprobs.
+        skip_inert: rows that cannot contribute whatever the model says (the objective's `inert(batch)`: advantage zero
+            and no KL or entropy term) leave the forward too. Their statistics are then 0 and they add nothing to the
+            metrics; without it they are measured, and leave the backward only.
         The rest: as linear_logprobs.
 
     Returns: LossOutput(loss scalar, metrics, stats [T] detached); the loss is differentiable once in hidden, weight
@@ -72,26 +85,84 @@ def fused_loss(
     check_inputs(hidden, weight, batch.targets, bias)
     names = outputs_of(objective, tuple(outputs))
     head = head_spec(weight, bias, temperature, logit_scale, softcap, hidden)
-    kept, rows = compact(batch, ignore_index)
+    how = _How(names, backend, strategy, workspace_bytes, aggregate, ignore_index, skip_inert, process_group)
+    dispatch.loss_strategy(strategy)
+    if torch.compiler.is_compiling():
+        from fastrl.ops import compiled
+
+        return compiled.fused_loss(objective, hidden, head, batch, how)
+    return run_fused(objective, hidden, head, batch, how, debug_checks)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of a fused_loss call that are no part of the head."""
+
+    names: tuple[str, ...]
+    backend: str | None
+    strategy: str | None
+    workspace_bytes: int | None
+    aggregate: str | Callable | None
+    ignore_index: int
+    skip_inert: bool
+    process_group: object = None
+
+
+def run_fused(
+    objective: Objective, hidden: Tensor, head: HeadSpec, batch: TokenBatch, how: _How, debug_checks: bool = False
+) -> LossOutput:
+    """fused_loss of checked inputs."""
+    shard = shard_of(how.process_group, head.weight)
+    kept, rows = compact(batch, how.ignore_index)
+    weights = unit_weights(objective, kept, how.aggregate)
+    if how.skip_inert and scope_of(objective) == "token" and (inert := getattr(objective, "inert", None)):
+        kept, rows, weights = _drop(inert(kept), kept, rows, weights)
+    vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
+    check_targets(kept.targets, rows, vocabulary, debug_checks)
     h, head = (hidden, head) if rows is None else (hidden[rows], head.at_rows(rows))
-    check_targets(kept.targets, rows, weight.shape[0], debug_checks)
-    weights = unit_weights(objective, kept, aggregate)
-    name = dispatch.pick(backend, hidden)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, weight, bias))
-    if scope_of(objective) == "token" and name != "reference" and wanted:
-        if kept.advantages is not None:
-            kept = dataclasses.replace(kept, advantages=kept.token_advantages)
-        budget = dispatch.workspace(workspace_bytes, hidden, weight.shape[0])
-        call = Call(names, name, budget, head.logit_scale, head.softcap, head.temperature)
+    name = dispatch.pick(how.backend, hidden, native=True, group=shard is not None)
+    wanted = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)
+    )
+    one_pass = dispatch.loss_strategy(how.strategy) == "one_pass" and name != "reference" and h.shape[0] > 0
+    if wanted and one_pass:
+        plan = Plan(dispatch.workspace(how.workspace_bytes, hidden, vocabulary), shard=shard)
+        law = _Law(objective, kept, weights, _units(objective, kept), name)
         stats = TokenStats()
-        law = (objective, kept, weights)
-        loss = _OnePass.apply(h, weight, bias, call, law, stats)
+        loss = _OnePass.apply(h, head.weight, head.bias, head, (name, how.names, plan), law, stats)
     else:
-        stats = head_statistics(head, h, kept.targets, names, backend, workspace_bytes)
+        strategy = how.strategy if wanted and how.strategy != "one_pass" else None
+        stats = head_statistics(
+            head, h, kept.targets, how.names, backend=how.backend, strategy=strategy,
+            workspace_bytes=how.workspace_bytes, ignore_index=how.ignore_index, process_group=how.process_group,
+        )  # fmt: skip
         loss = apply_law(objective, stats, kept, weights)
         stats = stats.detach()
     metrics = mean_metrics(objective, stats, kept)
     return LossOutput(loss, metrics, _uncompact(stats, rows, batch.targets.shape[0]))
+
+
+def _drop(inert: Tensor | None, batch: TokenBatch, rows: Tensor | None, weights: Tensor):
+    """(batch, rows, weights) without the inert rows of a compact batch; counts and weights stay what they were."""
+    if inert is None:
+        return batch, rows, weights
+    keep = (~inert).nonzero().squeeze(1)
+    if keep.shape[0] == inert.shape[0]:
+        return batch, rows, weights
+    ends = torch.nn.functional.pad((~inert).long().cumsum(0), (1, 0))
+    cu_seqlens = ends[batch.cu_seqlens.long()].to(batch.cu_seqlens.dtype)
+    return batch.select(keep, cu_seqlens), keep if rows is None else rows[keep], weights[keep]
+
+
+def _units(objective: Objective, batch: TokenBatch) -> list[int] | None:
+    """Boundaries [0, ..., T] of the rows that belong to one unit of the objective's scope; None: every row its own."""
+    scope = scope_of(objective)
+    if scope == "token":
+        return None
+    if scope in ("group", "batch"):  # the sequences of a group need not stand side by side
+        return [0, batch.targets.shape[0]]
+    ends = batch.cu_seqlens.tolist()
+    return ends if scope == "sequence" else ends[::2]
 
 
 def loss_from_logprobs(
@@ -128,30 +199,58 @@ def apply_law(objective: Objective, stats: TokenStats, batch: TokenBatch, weight
     return loss + stats.logprobs.sum() * 0 if stats.logprobs.shape[0] == 0 else loss
 
 
+class _Law:
+    """Objective, compact batch and weights, asked for one piece of rows after another, in order."""
+
+    def __init__(
+        self, objective: Objective, batch: TokenBatch, weights: Tensor, units: list[int] | None, backend: str
+    ):
+        if units is None and batch.advantages is not None:
+            batch = dataclasses.replace(batch, advantages=batch.token_advantages)
+        self.objective, self.batch, self.weights, self.units = objective, batch, weights, units
+        self.by_kernel = backend == "triton" and units is None
+        self.next_unit = 0
+        self.values: list[Tensor] = []
+
+    def coefficients(self, start: int, stop: int, stats: TokenStats) -> Coefs:
+        """Of rows [start, stop): whole units, empty ones at their end among them."""
+        value, coefs = self._evaluate(*self._part(start, stop), stats)
+        self.values.append(value)
+        return coefs
+
+    def _part(self, start: int, stop: int) -> tuple[TokenBatch, Tensor]:
+        if self.units is None:
+            return self.batch.window(start, stop), self.weights[start:stop]
+        if scope_of(self.objective) in ("group", "batch"):
+            return self.batch, self.weights
+        a, b = self.next_unit, bisect.bisect_right(self.units, stop) - 1
+        self.next_unit = b
+        each = 2 if scope_of(self.objective) == "pair" else 1
+        return self.batch.sequences(each * a, each * b, start, stop), self.weights[a:b]
+
+    def _evaluate(self, batch: TokenBatch, weights: Tensor, stats: TokenStats) -> tuple[Tensor, Coefs]:
+        made = policy_kernel.coefficients(self.objective, stats, batch, weights) if self.by_kernel else None
+        return _coefficients(self.objective, stats, batch, weights) if made is None else made
+
+    def total(self) -> Tensor:
+        return torch.stack(self.values).sum()
+
+
 class _OnePass(torch.autograd.Function):
-    """Loss and gradients in one walk over the chunks; backward only scales them by dL/dloss."""
+    """Loss and gradients in one walk over the rows; backward only scales them by dL/dloss."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, call: Call, law, stats: TokenStats):
-        objective, batch, weights = law
-        head, backend = call.head(weight, bias), dispatch.module(call.backend)
+    def forward(ctx, hidden, weight, bias, head: HeadSpec, how, law: _Law, stats: TokenStats):
+        name, outputs, plan = how
         needs = tuple(ctx.needs_input_grad[:3])
-        total = []
-
-        def coefficient(start: int, stop: int, own: TokenStats) -> Coefs:
-            value, coefs = _coefficients(objective, own, batch.window(start, stop), weights[start:stop])
-            total.append(value)
-            return coefs
-
         with autocast_off(hidden):
-            made, *grads = backend.one_pass(
-                head, hidden, batch.targets, call.outputs, coefficient, needs, call.workspace
+            made, *grads, _ = dispatch.module(name).one_pass(
+                head, hidden, law.batch.targets, outputs, law.coefficients, needs, plan, law.units
             )
-        for name in call.outputs:
-            setattr(stats, name, getattr(made, name))
+        for output in outputs:
+            setattr(stats, output, getattr(made, output))
         ctx.save_for_backward(*grads)
-        loss = torch.stack(total).sum() if total else made.logprobs.new_zeros(())
-        return loss
+        return law.total()
 
     @staticmethod
     @no_second_derivative
@@ -160,11 +259,7 @@ class _OnePass(torch.autograd.Function):
         # On the CPU the usual upstream of exactly 1 is seen for free, and saves a walk over dW.
         if upstream.device.type != "cpu" or float(upstream) != 1.0:
             grads = [None if g is None else g * upstream for g in grads]  # 0-dim: the dtype of g stays
-        return *grads, None, None, None
-
-
-def _value(objective: Objective, stats: TokenStats, batch: TokenBatch, weights: Tensor) -> Tensor:
-    return weighted_sum(value_of(objective, stats, batch, weights.shape[0]), weights)
+        return *grads, None, None, None, None
 
 
 def _coefficients(objective: Objective, stats: TokenStats, batch: TokenBatch, weights: Tensor) -> tuple[Tensor, Coefs]:
@@ -172,7 +267,8 @@ def _coefficients(objective: Objective, stats: TokenStats, batch: TokenBatch, we
     leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(stats, n)) is not None}
     own = TokenStats(log_sum_sq_probs=stats.log_sum_sq_probs, is_argmax=stats.is_argmax, **leaves)
     with torch.enable_grad():
-        value = _value(objective, own, batch, weights)
+        units = weights.shape[0] if weights.dim() else None
+        value = weighted_sum(value_of(objective, own, batch, units), weights)
         if not value.requires_grad:
             return value.detach(), Coefs(logprobs=torch.zeros_like(stats.logprobs))
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)

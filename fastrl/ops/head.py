@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,19 @@ class Saved:
     def at_rows(self, rows: slice | Tensor) -> Saved:
         entropy = None if self.entropy is None else self.entropy[rows]
         return Saved(self.max[rows], self.log_sum[rows], self.logprobs[rows], entropy)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much memory a call may take, and whether a row's bits may depend on its neighbours.
+
+    workspace: bytes of logits that may exist at once. invariant: every GEMM has one fixed shape.
+    shard: where this rank's words stand in a head that is cut over a process group (fastrl.ops.shard.Shard).
+    """
+
+    workspace: int
+    invariant: bool = False
+    shard: Any = None
 
 
 @dataclass(frozen=True)

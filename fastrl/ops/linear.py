@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fastrl.ops import dispatch, reference
+from fastrl.ops import custom, dispatch, reference
 from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
-from fastrl.ops.head import Coefs, HeadSpec, Saved, accumulation_dtype
-from fastrl.ops.once import no_second_derivative
+from fastrl.ops.custom import DIFFERENTIABLE, Call
+from fastrl.ops.head import HeadSpec
 from fastrl.tokens import STAT_NAMES, TokenStats
-
-DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a head call is to run: one record instead of seven arguments on every level."""
-
-    outputs: tuple[str, ...]
-    backend: str
-    workspace: int
-    logit_scale: float
-    softcap: float | None
-    temperature: float | Tensor
-
-    def head(self, weight: Tensor, bias: Tensor | None) -> HeadSpec:
-        return HeadSpec(weight, bias, self.logit_scale, self.softcap, self.temperature)
 
 
 def linear_logprobs(
@@ -44,13 +25,17 @@ def linear_logprobs(
     outputs: tuple[str, ...] = ("logprobs",),
     support: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
+    strategy: str | None = None,
     workspace_bytes: int | None = None,
+    batch_invariant: bool = False,
+    process_group=None,
     debug_checks: bool = False,
 ) -> TokenStats:
     """Per-token statistics of softmax(z), z = softcap*tanh(logit_scale*(h.W + b)/softcap) / temperature.
 
-    No [N, V] tensor is formed: rows are taken in chunks whose logits fit `workspace_bytes`, and the backward
-    recomputes them (4 GEMMs in all; rows whose upstream gradient is zero are dropped from the last three).
+    No [N, V] tensor is formed: at most `workspace_bytes` of logits exist at a time. The forward is 1 GEMM; the backward
+    takes 2 more, 1 with a frozen head, and part of another one for the logits that were not kept (see `strategy`).
+    Rows whose upstream gradient is zero are dropped from all of them.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64; any strides.
@@ -61,8 +46,16 @@ def linear_logprobs(
         logit_scale, softcap: the model's own logit transform (Cohere, Granite; Gemma).
         outputs: any of logprobs, entropy, logsumexp, log_sum_sq_probs, is_argmax.
         support: (indices [nnz] int, offsets [N+1] int): log-softmax over each row's kept tokens only.
-        backend: None (by device), "reference", "torch" or "triton".
+        backend: None (by device), "reference", "torch", "native" (CPU, compiled) or "triton".
+        strategy: None, or by name "two_pass" (the backward makes all logits again), "cached" (keeps those that fit the
+            workspace from forward to backward; the default on the CPU), "frozen" (a frozen head and log-probs alone:
+            dlogprob/dhidden is made in the forward, [N, H] more memory) or "forward" (no backward).
         workspace_bytes: bytes of logits that may exist at once.
+        batch_invariant: a row's statistics are the same bits whatever other rows stand around it, however many they
+            are and wherever it stands. Slower: every GEMM of the forward has one fixed shape.
+        process_group: ranks over which the vocabulary is cut, in rank order: weight and bias are this rank's words,
+            hidden, targets and the results are the same on every rank (targets number the whole vocabulary). dW and db
+            are of this rank's words, dH is summed over the ranks.
 
     Returns:
         TokenStats with [...] fields, float32 (float64 for float64 input), None where not asked for. logprobs, entropy
@@ -81,17 +74,13 @@ def linear_logprobs(
     if support is not None:
         from fastrl.ops.support import support_statistics
 
-        return support_statistics(head, h, flat, support, outputs, ignore_index).map(lambda x: x.reshape(shape))
-    rows = (flat != ignore_index).nonzero().squeeze(1)
-    everything = rows.shape[0] == flat.shape[0]
-    if not everything:
-        h, head = h[rows], head.at_rows(rows)
-    kept = flat if everything else flat[rows]
-    check_targets(kept, rows, weight.shape[0], debug_checks)
-    stats = head_statistics(head, h, kept, outputs, backend, workspace_bytes)
-    if not everything:
-        stats = stats.map(lambda x: x.new_zeros(flat.shape[0]).index_copy(0, rows, x))
-    return stats.map(lambda x: x.reshape(shape))
+        how = dict(backend=backend, workspace_bytes=workspace_bytes)
+        return support_statistics(head, h, flat, support, outputs, ignore_index, **how).map(lambda x: x.reshape(shape))
+    how = dict(
+        backend=backend, strategy=strategy, workspace_bytes=workspace_bytes, ignore_index=ignore_index,
+        batch_invariant=batch_invariant, process_group=process_group, debug_checks=debug_checks,
+    )  # fmt: skip
+    return head_statistics(head, h, flat, outputs, **how).map(lambda x: x.reshape(shape))
 
 
 def linear_cross_entropy(
@@ -142,53 +131,61 @@ def linear_cross_entropy(
 
 
 def head_statistics(
-    head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, backend: str | None, workspace_bytes: int | None
+    head: HeadSpec,
+    hidden: Tensor,
+    targets: Tensor,
+    outputs: tuple,
+    *,
+    backend: str | None = None,
+    strategy: str | None = None,
+    workspace_bytes: int | None = None,
+    ignore_index: int = -100,
+    batch_invariant: bool = False,
+    process_group=None,
+    debug_checks: bool = False,
 ) -> TokenStats:
-    """Differentiable statistics of rows [N, H] that are all valid. The door behind linear_logprobs and fused_loss."""
-    name = dispatch.pick(backend, hidden)
+    """Differentiable statistics of rows [N, H]. The door behind linear_logprobs and fused_loss."""
+    name = dispatch.pick(backend, hidden, native=True, group=process_group is not None)
+    if name in ("reference", "triton") and process_group is not None:
+        raise ValueError(f"backend={name!r} does not take a process_group; use backend=None, 'torch' or 'native'")
     if name == "reference":
-        options = dict(temperature=head.temperature, logit_scale=head.logit_scale, softcap=head.softcap)
-        with autocast_off(hidden):
-            z = reference.logits(hidden, head.weight, head.bias, **options)
-        return TokenStats(**reference.statistics(z, targets, outputs))
-    budget = dispatch.workspace(workspace_bytes, hidden, head.weight.shape[0])
-    call = Call(outputs, name, budget, head.logit_scale, head.softcap, head.temperature)
-    made = _LinearStatistics.apply(hidden, head.weight, head.bias, targets, call)
-    return TokenStats(**dict(zip(outputs, made, strict=True)))
+        return _reference_statistics(head, hidden, targets, outputs, ignore_index, debug_checks)
+    temperatures = head.temperature if isinstance(head.temperature, Tensor) else None
+    needs = tuple(
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)
+    )
+    differentiable = tuple(n for n in outputs if n in DIFFERENTIABLE)
+    call = Call(
+        ",".join(outputs),
+        name,
+        dispatch.statistics_strategy(strategy, name, needs, differentiable),
+        dispatch.workspace(workspace_bytes, hidden, head.weight.shape[0]),
+        head.logit_scale,
+        head.softcap,
+        1.0 if temperatures is not None else float(head.temperature),
+        ignore_index,
+        batch_invariant,
+        debug_checks,
+        "" if process_group is None else process_group.group_name,
+    )
+    return custom.statistics(hidden, head.weight, head.bias, targets, temperatures, call)
 
 
-class _LinearStatistics(torch.autograd.Function):
-    """Forward: 1 GEMM, saves three [N] vectors. Backward: recompute, then the GEMMs of the inputs that ask for it."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, call: Call):
-        backend = dispatch.module(call.backend)
-        # dH/dz needs H itself, so a differentiable entropy is saved with the rest.
-        with autocast_off(hidden):
-            stats, saved = backend.statistics(call.head(weight, bias), hidden, targets, call.outputs, call.workspace)
-        ctx.save_for_backward(hidden, weight, bias, targets, saved.max, saved.log_sum, saved.logprobs, saved.entropy)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        made = tuple(getattr(stats, name) for name in call.outputs)
-        ctx.mark_non_differentiable(*(x for n, x in zip(call.outputs, made, strict=True) if n not in DIFFERENTIABLE))
-        return made
-
-    @staticmethod
-    @no_second_derivative
-    def backward(ctx, *upstream):
-        hidden, weight, bias, targets, top, log_sum, logprobs, entropy = ctx.saved_tensors
-        call, acc = ctx.call, accumulation_dtype(hidden.dtype)
-        given = {
-            n: g.to(acc) for n, g in zip(call.outputs, upstream, strict=True) if g is not None and n in DIFFERENTIABLE
-        }
-        if not given:
-            return None, None, None, None, None
-        needs = tuple(ctx.needs_input_grad[:3])
-        saved = Saved(top, log_sum, logprobs, entropy)
-        backend, head = dispatch.module(call.backend), call.head(weight, bias)
-        with autocast_off(hidden):
-            grads = backend.gradients(head, hidden, targets, saved, Coefs(**given), needs, call.workspace)
-        return *grads, None, None
+def _reference_statistics(
+    head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, ignore_index: int, debug_checks: bool
+) -> TokenStats:
+    rows = custom.kept_rows(targets, ignore_index)
+    if rows is not None:
+        hidden, head = hidden[rows], head.at_rows(rows)
+    own = targets if rows is None else targets[rows]
+    check_targets(own, rows, head.weight.shape[0], debug_checks)
+    options = dict(temperature=head.temperature, logit_scale=head.logit_scale, softcap=head.softcap)
+    with autocast_off(hidden):
+        z = reference.logits(hidden, head.weight, head.bias, **options)
+    stats = TokenStats(**reference.statistics(z, own, outputs))
+    if rows is None:
+        return stats
+    return stats.map(lambda x: x.new_zeros(targets.shape[0]).index_copy(0, rows, x))
 
 
 def _known(outputs) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ This is the definition, the oracle of the tests and the readable documentation. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,29 @@ def statistics(z: Tensor, targets: Tensor, outputs: tuple[str, ...] = ("logprobs
         "is_argmax": lambda: z.argmax(-1) == targets,
     }
     return {name: made[name]() for name in outputs}
+
+
+def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """[N] divergence of p = softmax(student) from q = softmax(teacher), both logits [N, V]; kinds as linear_divergence.
+
+    forward_kl sum q log(q/p); reverse_kl sum p log(p/q); tvd sum |p - q| / 2; jsd beta KL(q||m) + (1-beta) KL(p||m)
+    with m = beta q + (1-beta) p (Agarwal et al. 2024, eq. 1). A word of probability zero adds nothing: 0 log 0 = 0.
+    """
+    a, b = torch.log_softmax(student, dim=-1), torch.log_softmax(teacher.detach(), dim=-1)
+    if kind == "tvd":
+        return (a.exp() - b.exp()).abs().sum(-1) / 2
+    if kind == "forward_kl":
+        return _kl(b, a)
+    if kind == "reverse_kl":
+        return _kl(a, b)
+    floor = torch.finfo(a.dtype).min  # logaddexp(-inf, -inf) has no gradient
+    low = torch.logaddexp(b.clamp(min=floor) + math.log(beta), a.clamp(min=floor) + math.log1p(-beta))
+    return beta * _kl(b, low) + (1 - beta) * _kl(a, low)
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum_v exp(a) (a - b), log-probs [N, V]; the terms of probability zero are left out, with their gradients."""
+    seen = a > -torch.inf
+    safe_a = torch.where(seen, a, torch.zeros_like(a))
+    safe_b = torch.where(seen, b, torch.zeros_like(b))
+    return torch.where(seen, safe_a.exp() * (safe_a - safe_b), torch.zeros_like(a)).sum(-1)

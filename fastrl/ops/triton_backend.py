@@ -22,10 +22,12 @@ from fastrl.kernels.linear_dlogits import RowGradient, linear_dlogits
 from fastrl.kernels.linear_stats import RowStats, linear_stats
 from fastrl.kernels.row_dlogits import compact_rows, row_dlogits
 from fastrl.kernels.row_stats import row_stats
-from fastrl.ops.head import Coefs, HeadSpec, Saved, target_dlogit
+from fastrl.ops.head import Coefs, HeadSpec, Plan, Saved, target_dlogit
 from fastrl.ops.triton_sink import HALF, Grads, Sink
+from fastrl.ops.walk import pieces
 from fastrl.tokens import TokenStats
 
+INVARIANT_SPLITS = 8
 Coefficient = Callable[[int, int, TokenStats], Coefs]
 
 
@@ -43,42 +45,43 @@ def _on_its_device(function: Callable) -> Callable:
 # -- the three functions of a backend ------------------------------------------------------------------------------
 @_on_its_device
 def statistics(
-    head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, workspace: int
-) -> tuple[TokenStats, Saved]:
-    """Forward only: 1 GEMM. Every field [N] float32 (is_argmax bool)."""
+    head: HeadSpec, hidden: Tensor, targets: Tensor, outputs: tuple, plan: Plan, cache: bool = False
+) -> tuple[TokenStats, Saved, None]:
+    """Forward only: 1 GEMM. Every field [N] float32 (is_argmax bool). Logits are never kept (`cache` is not for us)."""
     _check(head, hidden)
     asked = _asked(outputs)
-    if hidden.dtype in HALF:
-        made = linear_stats(hidden, head.weight, targets, head.bias, _logit_scale(head), **asked)
-        return _token_stats(made, outputs), _saved(made, outputs)
-    chunks = _Chunks(head, hidden, workspace)
+    if hidden.dtype in HALF or plan.invariant:
+        # With one number of column ranges, a row's bits depend on its own numbers alone.
+        splits = INVARIANT_SPLITS if plan.invariant else None
+        made = linear_stats(hidden, head.weight, targets, head.bias, _logit_scale(head), splits=splits, **asked)
+        return _token_stats(made, outputs), _saved(made, outputs), None
+    chunks = _Chunks(head, hidden, plan.workspace)
     parts = []
     for a, b in chunks.spans():
         part = head.at_rows(slice(a, b))
         parts.append(row_stats(chunks.logits(a, b), targets[a:b], head.bias, _logit_scale(part), **asked))
     made = _join(parts, hidden)
-    return _token_stats(made, outputs), _saved(made, outputs)
+    return _token_stats(made, outputs), _saved(made, outputs), None
 
 
 @_on_its_device
 def gradients(
-    head: HeadSpec, hidden: Tensor, targets: Tensor, saved: Saved, coefs: Coefs, needs: tuple, workspace: int
+    head: HeadSpec, hidden: Tensor, targets: Tensor, saved: Saved, coefs: Coefs, needs: tuple, plan: Plan, kept=None
 ) -> Grads:
     """Second pass over the rows with a nonzero coefficient: recompute the logits, then the GEMMs that `needs` names."""
     _check(head, hidden)
-    rows = coefs.nonzero_rows()
-    kept = hidden
-    if rows.shape[0] < hidden.shape[0]:
-        head, kept, targets = head.at_rows(rows), hidden[rows], targets[rows]
+    rows, n = coefs.nonzero_rows(), hidden.shape[0]
+    if rows.shape[0] < n:
+        head, hidden, targets = head.at_rows(rows), hidden[rows], targets[rows]
         saved, coefs = saved.at_rows(rows), coefs.at_rows(rows)
     law = _row_gradient(head, saved, coefs)
-    sink = Sink(head, kept, needs)
+    sink = Sink(head, hidden, needs)
     law = sink.rescale(law)
     walk = _slices if hidden.dtype in HALF else _row_chunks
-    walk(head, kept, targets, law, sink, coefs.entropy is not None, workspace)
+    walk(head, hidden, targets, law, sink, coefs.entropy is not None, plan.workspace)
     d_hidden, d_weight, d_bias = sink.finish()
-    if d_hidden is not None and rows.shape[0] < hidden.shape[0]:
-        d_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+    if d_hidden is not None and rows.shape[0] < n:
+        d_hidden = hidden.new_zeros((n, hidden.shape[1])).index_copy_(0, rows, d_hidden)
     return d_hidden, d_weight, d_bias
 
 
@@ -90,24 +93,50 @@ def one_pass(
     outputs: tuple,
     coefficient: Coefficient,
     needs: tuple,
-    workspace: int,
-) -> tuple[TokenStats, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in the forward: 3 GEMMs, 2 with a frozen head. `coefficient(start, stop, stats)` gives Coefs."""
+    plan: Plan,
+    units: list[int] | None = None,
+) -> tuple[TokenStats, Tensor | None, Tensor | None, Tensor | None, Saved]:
+    """Gradients in the forward: 3 GEMMs, 2 with a frozen head. `coefficient(start, stop, stats)` gives Coefs.
+
+    units: as walk.one_pass; of a unit whose logits do not fit the workspace, all but the last rows' are made again.
+    """
     _check(head, hidden)
-    chunks, sink = _Chunks(head, hidden, workspace), Sink(head, hidden, needs)
+    chunks, sink = _Chunks(head, hidden, plan.workspace), Sink(head, hidden, needs)
     parts = []
-    for a, b in chunks.spans():
-        part, own = head.at_rows(slice(a, b)), targets[a:b]
-        made = row_stats(chunks.logits(a, b), own, head.bias, _logit_scale(part), **_asked(outputs))
-        parts.append(made)
-        coefs = coefficient(a, b, _token_stats(made, outputs))
-        rows = coefs.nonzero_rows()
-        if rows.shape[0] and any(needs):
-            law = sink.rescale(_row_gradient(part, _saved(made, outputs), coefs))
-            dz = chunks.dlogits(a, b, own, part, law, coefs.entropy is not None)
-            keep = rows if rows.shape[0] < b - a else None
-            sink.add_rows(chunks.compact(dz, keep), a, b, keep)
-    return _token_stats(_join(parts, hidden), outputs), *sink.finish()
+    for a, b in pieces(hidden.shape[0], max(chunks.rows, 1), units):
+        inside = [(a + c, a + d) for c, d in spans(b - a, chunks.rows)]
+        made = [_chunk_stats(chunks, c, d, targets, outputs) for c, d in inside]
+        joined = _join(made, hidden)
+        parts.append(joined)
+        coefs = coefficient(a, b, _token_stats(joined, outputs))
+        if not any(needs):
+            continue
+        saved = _saved(joined, outputs)
+        for c, d in reversed(inside):  # the last one's logits are still there
+            if d < b:
+                chunks.logits(c, d)
+            part = slice(c - a, d - a)
+            _add_chunk(chunks, sink, (c, d), targets, saved.at_rows(part), coefs.at_rows(part))
+    joined = _join(parts, hidden)
+    return _token_stats(joined, outputs), *sink.finish(), _saved(joined, outputs)
+
+
+def _chunk_stats(chunks: _Chunks, a: int, b: int, targets: Tensor, outputs: tuple) -> RowStats:
+    head = chunks.head.at_rows(slice(a, b))
+    return row_stats(chunks.logits(a, b), targets[a:b], head.bias, _logit_scale(head), **_asked(outputs))
+
+
+def _add_chunk(chunks: _Chunks, sink: Sink, rows: tuple, targets: Tensor, saved: Saved, coefs: Coefs) -> None:
+    """Backward of the rows [a, b) whose logits the buffer holds."""
+    a, b = rows
+    chosen = coefs.nonzero_rows()
+    if chosen.shape[0] == 0:
+        return
+    head = chunks.head.at_rows(slice(a, b))
+    law = sink.rescale(_row_gradient(head, saved, coefs))
+    dz = chunks.dlogits(a, b, targets[a:b], head, law, coefs.entropy is not None)
+    keep = chosen if chosen.shape[0] < b - a else None
+    sink.add_rows(chunks.compact(dz, keep), a, b, keep)
 
 
 # -- two walks over the logits of the second pass --------------------------------------------------------------------
