@@ -168,7 +168,11 @@ def _devices() -> None:
         return
     import torch
 
+    from fastrl.ops.rows_native import library
+
     print(f"cpu           {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+    lib, state = library()
+    print(f"native head   {state if lib else f'not there ({state}); the torch backend runs'}")
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         print(f"cuda:{i}        {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}")

@@ -107,7 +107,7 @@ class TokenBatch:
             raise ValueError(f"cu_seqlens must be [S+1], got {list(cu.shape)}")
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64, got {cu.dtype}")
-        if cu.device.type != "cpu":
+        if cu.device.type != "cpu" or torch.compiler.is_compiling():
             return
         first, last = int(cu[0]), int(cu[-1])
         if first != 0 or last != t or bool((cu.diff() < 0).any()):
@@ -219,11 +219,19 @@ def segment_mean(values: Tensor, batch: TokenBatch) -> Tensor:
     return segment_sum(values, batch) / batch.lengths.clamp(min=1)
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: nothing can be read from the device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def trained_rows(batch: TokenBatch, ignore_index: int) -> Tensor | None:
     """[T'] indices of the rows that are trained (mask True and target not ignored), or None if all are.
 
-    On CUDA this reads one count back to the host unless the batch has no mask.
+    On CUDA this reads one count back to the host. While a CUDA graph is captured it cannot: without a mask every row is
+    then taken as trained (a target of ignore_index gives NaN), and with one torch raises.
     """
+    if batch.mask is None and capturing(batch.targets):
+        return None
     keep = batch.targets != ignore_index
     if batch.mask is not None:
         keep = keep & batch.mask

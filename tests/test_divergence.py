@@ -450,10 +450,10 @@ def test_masked_rows_hold_anything_and_count_for_nothing():
     check_mask("torch")
 
 
-def check_mask(how: str, dtype=torch.float32) -> None:
+def check_mask(how: str, dtype=torch.float32, place=lambda p: p) -> None:
     for kind in KINDS:
-        p = pair(kind=kind, dtype=dtype, bias=True, temperature="per_token", backend=how)
-        mask = torch.arange(13) % 3 != 0
+        p = place(pair(kind=kind, dtype=dtype, bias=True, temperature="per_token", backend=how))
+        mask = torch.arange(13, device=p.student.hidden.device) % 3 != 0
         kept = dataclasses.replace(p, options=p.options | {"temperature": p.options["temperature"][mask]})
         cut = lambda q: dataclasses.replace(q, hidden=q.hidden[mask], upstream={"logprobs": p.upstream[mask]})  # noqa: E731,B023
         kept.student, kept.teacher = cut(p.student), cut(p.teacher)
@@ -509,6 +509,27 @@ def test_the_teacher_gets_no_gradient():
         assert hidden.grad is None and weight.grad is None and leaves[0].grad is not None
         out = linear_divergence(p.student.hidden, p.student.weight, hidden, weight, reduction=reduction)
         assert not out.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_frozen_inputs(reduction):
+    check_frozen(pair(kind="jsd", dtype=torch.float32, bias=True, temperature="per_token"), reduction)
+
+
+def check_frozen(p: Pair, reduction: str, **how) -> None:
+    """Each gradient alone is the one that comes with the others, and the frozen inputs get none."""
+    weights = None if reduction == "none" else p.upstream
+
+    def total(leaves):
+        values = call(p, leaves, reduction=reduction, weights=weights, **how)
+        return (values * p.upstream.float()).sum() if reduction == "none" else values
+
+    truth = gradients(total(every := p.student.leaves()), every)
+    for i in range(3):
+        leaves = [x.requires_grad_(i == j) for j, x in enumerate(p.student.leaves())]
+        total(leaves).backward()
+        assert [x.grad is not None for x in leaves] == [i == j for j in range(3)]
+        assert torch.equal(leaves[i].grad, truth[i])
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -623,6 +644,7 @@ def test_refusals():
         (TypeError, r"teacher_hidden must be floating", swap(2, t.hidden.long()), {}),
         (TypeError, r"bias must be a tensor, got list", args, {"bias": [1.0]}),
         (TypeError, r"weight must be a tensor", swap(1, None), {}),
+        (TypeError, r"teacher_weight must be a tensor, got NoneType", swap(3, None), {}),
         (ValueError, r"mask is \[13\] torch.int64.*bool", args, {"mask": torch.ones(13).long()}),
         (ValueError, r"weights is \[12\].*\[13\]", args, {"weights": torch.ones(12)}),
         (ValueError, r"weights.detach", args, {"weights": torch.ones(13, requires_grad=True)}),

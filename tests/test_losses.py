@@ -244,7 +244,8 @@ def test_first_update_has_ratio_one_exactly(dtype, temperature):
         **{k: fields[k] for k in ("targets", "cu_seqlens")},
         advantages=fields["advantages"].nan_to_num(1.0, 1.0, 1.0).to(dtype),
     )
-    old = linear_logprobs(*clean.leaves()[:2], clean.targets, clean.bias, **clean.options, **how).logprobs.detach()
+    with torch.no_grad():  # as a trainer scores; what keeps logits for a backward cuts the rows elsewhere
+        old = linear_logprobs(*clean.leaves()[:2], clean.targets, clean.bias, **clean.options, **how).logprobs
     batch.old_logprobs = old
     for name in ("ppo_clip", "grpo", "dapo"):
         out = fused_loss(losses.get(name), *clean.leaves()[:2], batch, clean.bias, **clean.options, **how)

@@ -1,4 +1,4 @@
-"""The row work in C++: the same numbers under every instruction set, and mistakes in its source that must be noticed."""
+"""The row work in C++: the same numbers under every instruction set, and planted mistakes that must be noticed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from oracle import DIFFERENTIABLE, EVERY_STAT, problem
 from test_operators import OPTIONS, check_accurate, check_exact, ours_run
 from test_regimes import REGIMES, check_confident, check_offset, check_regime
 
-from fastrl import linear_logprobs
+from fastrl import TokenBatch, fused_loss, linear_logprobs, losses
 from fastrl.ops import dispatch, rows_native
 from fastrl.ops.head import HeadSpec
 from fastrl.ops.rows import Law, new_state
 
 ROOT = Path(__file__).resolve().parents[1]
 HOW = {"backend": "native"}
+WIDE = {"n": 48, "h": 64, "v": 211}
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler: there is no native backend to test")
 
 
@@ -106,6 +107,51 @@ def test_nan_and_infinite_logits_are_what_torch_makes_of_them():
             for n in ("logprobs", "entropy"):
                 x = getattr(stats, n)
                 assert x[3].isnan() and (value == -torch.inf or x.isfinite().sum() == 19), (value, backend, n)
+
+
+def test_offsets_beyond_two_to_the_31st():
+    """Three words whose rows lie 2^30 floats apart; the memory between them is never touched."""
+    step = 2**30
+    room = torch.empty(2 * step + 64)
+    raw = room.as_strided((3, 40), (step, 1))
+    raw.copy_(torch.randn(3, 40, generator=torch.Generator().manual_seed(0)))
+    near = torch.zeros(3, 48)
+    near[:, :40] = raw
+    rows, head, targets = rows_native.Rows(0, 0, near), HeadSpec(near), torch.arange(40) % 3
+    law = Law(*torch.randn(4, 40, generator=torch.Generator().manual_seed(1)).unbind(0))
+    made = []
+    for x in (raw, near[:, :40]):
+        state = rows.fold(new_state(48, near), x, head, None, targets, 0, EVERY_STAT)
+        out = torch.empty(3, 40)
+        rows.dlogits(x, head, None, targets, 0, law, None, out)
+        made.append([v[:40] for v in state.tensors()] + [out])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def test_more_than_two_to_the_31_logits():
+    """N x V > 2^31, forward and backward; a few rows and a few words against float64."""
+    n, v, h = 2148, 1_000_003, 4
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, h, generator=g).requires_grad_(), torch.randn(v, h, generator=g).requires_grad_()
+    targets, advantages = torch.randint(v, (n,), generator=g), torch.randn(n, generator=g)
+    targets[-1] = v - 1
+    out = fused_loss(
+        losses.get("reinforce"), hidden, weight, TokenBatch(targets, advantages=advantages), outputs=("logsumexp",),
+        aggregate=lambda batch: torch.ones(n),
+    )  # fmt: skip
+    out.loss.backward()
+    rows = torch.tensor([0, 1, n - 2, n - 1])
+    z = hidden.detach().double()[rows] @ weight.detach().double().t()
+    logp = z.log_softmax(1)
+    truth = logp.gather(1, targets[rows, None])[:, 0]
+    assert torch.allclose(out.stats.logprobs[rows].double(), truth, rtol=1e-6)
+    dz = logp.exp() * advantages[rows, None]
+    dz[torch.arange(4), targets[rows]] -= advantages[rows].double()
+    assert torch.allclose(hidden.grad[rows].double(), dz @ weight.detach().double(), rtol=1e-4, atol=1e-5)
+    words = torch.tensor([0, 1, v - 2, v - 1, int(targets[0])])
+    z = hidden.detach().double() @ weight.detach().double()[words].t() - out.stats.logsumexp.double()[:, None]
+    dz = (z.exp() - (targets[:, None] == words).double()) * advantages[:, None]
+    assert torch.allclose(weight.grad[words].double(), dz.t() @ hidden.detach().double(), rtol=1e-4, atol=1e-6)
 
 
 # -- planted mistakes ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from test_divergence import (
     call,
     check_accurate,
     check_exact,
+    check_frozen,
     check_mask,
     check_nearly_equal,
     check_two_words,
@@ -33,6 +34,8 @@ from test_divergence import (
 )
 
 pytest.importorskip("triton")
+from test_triton import DEVICE, HOW, tamper  # noqa: E402
+
 import fastrl.ops.divergence as divergence  # noqa: E402
 import fastrl.ops.divergence_triton as backend  # noqa: E402
 from fastrl.kernels import divergence_dlogits, divergence_stats, tiles  # noqa: E402
@@ -41,8 +44,6 @@ from fastrl.kernels.divergence_tile import Operand  # noqa: E402
 from fastrl.kernels.launch import LogitScale  # noqa: E402
 from fastrl.ops.triton_sink import Sink  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOW = {"backend": "triton"}
 TILE = tiles.DIVERGENCE_STATS["interpreter"]
 R, C = TILE.rows, TILE.columns
 SMALL = {"n": 6, "seed": 2, "h": 24, "v": 2 * C + 3, "teacher_h": 16, "beta": 0.3}
@@ -180,7 +181,12 @@ def test_no_rows(dtype, reduction):
 
 
 def test_masked_rows():
-    check_mask("triton", torch.bfloat16)
+    check_mask("triton", torch.bfloat16, there)
+
+
+@pytest.mark.parametrize("reduction,dtype", [("none", "bf16"), ("none", "fp32"), ("sum", "fp16")])
+def test_frozen_inputs(reduction, dtype):
+    check_frozen(there(pair(kind="jsd", dtype=DTYPES[dtype], bias=True, **SMALL)), reduction, **HOW)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -358,25 +364,6 @@ def test_refusals():
 
 
 # -- planted mistakes: the checks above must notice each ---------------------------------------------------------------
-class Tampered:
-    """A kernel whose launch arguments pass through `change(arguments by name)` first."""
-
-    def __init__(self, kernel, change):
-        self.kernel, self.change = kernel, change
-
-    def __getitem__(self, grid):
-        def launch_with(*args, **options):
-            named = dict(zip(self.kernel.arg_names, args, strict=False)) | options
-            self.kernel[grid](**{**named, **self.change(named)})
-
-        return launch_with
-
-
-def tamper(module, name: str, change):
-    kernel = getattr(module, name)
-    return lambda m: m.setattr(module, name, Tampered(kernel, change))
-
-
 def shrink(named):
     """The last tile is forgotten."""
     return {"V": named["V"] // C * C}

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastrl.ops import dispatch
 from fastrl.ops.checks import autocast_off, check_targets, check_temperatures
 from fastrl.ops.head import Coefs, HeadSpec, Plan, Saved, accumulation_dtype
+from fastrl.ops.once import refuse
 from fastrl.ops.shard import shard_of
-from fastrl.tokens import STAT_NAMES, TokenStats
+from fastrl.tokens import STAT_NAMES, TokenStats, capturing
 
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
 
@@ -61,8 +62,8 @@ _CALL = (
     "str outputs, str backend, str strategy, int workspace, float logit_scale, float? softcap, float temperature, "
     "int ignore_index, bool invariant, bool debug_checks, str group"
 )
-# logprobs, entropy, logsumexp, log_sum_sq_probs, is_argmax, max, log_sum [N]; kept logits [V, K]; unit dH [N, H].
-# What is not asked for is empty.
+# logprobs, entropy, logsumexp, log_sum_sq_probs, is_argmax, max, log_sum [N]; kept logits [V, K and padding]; unit
+# dH [K, H]. What is not asked for is empty.
 MADE = (*STAT_NAMES, "max", "log_sum", "kept", "unit")
 
 
@@ -100,6 +101,8 @@ def linear_statistics(hidden, weight, bias, targets, temperatures, *call):
         wanted = name in call.names or name == "logprobs"
         made.append(spread(getattr(stats, name), rows, n) if wanted else empty.clone())
     made += [spread(saved.max, rows, n), spread(saved.log_sum, rows, n)]
+    if kept is not None:  # with its padding: a compiled graph wants to know the strides
+        kept = kept.as_strided((weight.shape[0], kept.stride(0)), (kept.stride(0), 1))
     made += [empty.clone() if kept is None else kept, empty.clone() if unit is None else unit]
     return tuple(made)
 
@@ -122,7 +125,12 @@ def _(hidden, weight, bias, targets, temperatures, *call):
 
 
 def kept_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """[K] rows whose target counts, or None if all do."""
+    """[K] rows whose target counts, or None if all do.
+
+    All are taken to while a CUDA graph is captured, when they cannot be counted: an ignored row is NaN there.
+    """
+    if capturing(targets):
+        return None
     rows = (targets != ignore_index).nonzero().squeeze(1)
     return None if rows.shape[0] == targets.shape[0] else rows
 
@@ -174,14 +182,7 @@ def _(hidden, weight, bias, *rest):
     return tuple(x.new_empty(x.shape) if need else weight.new_empty(0) for x, need in like)
 
 
-def _refuse(ctx, *upstream):
-    raise RuntimeError(
-        "the gradients of linear_logprobs and fused_loss cannot be differentiated twice: their backward keeps no "
-        "graph; use backend='reference' for second derivatives"
-    )
-
-
-linear_gradients.register_autograd(_refuse)
+linear_gradients.register_autograd(refuse)
 
 
 # -- the two joined by autograd --------------------------------------------------------------------------------------

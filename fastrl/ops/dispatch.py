@@ -27,22 +27,26 @@ _MODULES = {
     "native": "fastrl.ops.native_backend",
     "triton": "fastrl.ops.triton_backend",
 }
-_WORKSPACE = {"cpu": 48 << 20, "cuda": 1 << 30}
+_WORKSPACE = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def pick(backend: str | None, hidden: Tensor, native: bool = False, group: bool = False) -> str:
     """The backend's name: as asked, or `triton` on a GPU where it is installed, else `native` where it is compiled and
     the operator has one (`native`), else `torch`. An operator without native row work takes `torch` in its place, and
-    so does a head that is cut over a process group (`group`) in place of `triton`."""
+    so does a head that is cut over a process group (`group`) in place of `triton`.
+
+    Raises: ValueError on a backend that is unknown, not installed or does not fit, with the reason."""
     if backend is None:
         on_gpu = hidden.device.type == "cuda" and hidden.dtype != torch.float64 and not group
-        if on_gpu and has_triton():
+        if on_gpu and _has("triton"):
             return "triton"
         fits = native and hidden.device.type == "cpu" and hidden.dtype != torch.float64
-        return "native" if fits and has_native() else "torch"
+        return "native" if fits and _has("native") else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected None or one of {', '.join(BACKENDS)}")
-    if backend == "triton" and not has_triton():
+    if group and backend in ("reference", "triton"):
+        raise ValueError(f"backend={backend!r} does not take a process_group; use backend=None, 'torch' or 'native'")
+    if backend == "triton" and not _has("triton"):
         raise ValueError("backend='triton' was asked for but triton is not installed; use backend='torch'")
     if backend == "native":
         if not native:
@@ -57,10 +61,19 @@ def _check_native(hidden: Tensor) -> None:
             f"backend='native' takes float32, bfloat16 or float16 on the CPU, got {hidden.dtype} on {hidden.device}; "
             "use backend='torch'"
         )
-    if not has_native():
+    if not _has("native"):
         from fastrl.ops.rows_native import library
 
         raise ValueError(f"backend='native' was asked for but is {library()[1]}; use backend='torch'")
+
+
+def _has(name: str) -> bool:
+    """has_triton or has_native; to torch.compile the answer is a constant."""
+    if torch.compiler.is_compiling():
+        from fastrl.ops import compiled
+
+        return compiled.has(name)
+    return has_triton() if name == "triton" else has_native()
 
 
 @functools.cache
@@ -115,11 +128,11 @@ def loss_strategy(strategy: str | None) -> str:
 
 
 def workspace(workspace_bytes: int | None, hidden: Tensor, vocabulary: int) -> int:
-    """Bytes of logits that may exist at once: as asked, or 1 GiB on CUDA, 48 MiB on the CPU (104 above 100k words)."""
+    """Bytes of logits that may exist at once: as asked, or 1 GiB on CUDA, 64 MiB on the CPU (120 above 100k words)."""
     if workspace_bytes is not None:
         if not workspace_bytes > 0:
             raise ValueError(f"workspace_bytes must be a positive number of bytes, got {workspace_bytes}")
         return int(workspace_bytes)
     if hidden.device.type == "cpu":
-        return 104 << 20 if vocabulary > 100_000 else _WORKSPACE["cpu"]
+        return 120 << 20 if vocabulary > 100_000 else _WORKSPACE["cpu"]
     return _WORKSPACE.get(hidden.device.type, 256 << 20)

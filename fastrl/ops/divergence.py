@@ -81,7 +81,8 @@ def linear_divergence(
         hidden: [..., H] and weight: [V, H], one floating dtype; bias: [V] or None. The student; differentiable.
         teacher_hidden: [..., H'] with the same leading shape, teacher_weight: [V, H'], teacher_bias: [V] or None.
             Never differentiated. Its dtype may differ from the student's, but for float64, which both have or neither.
-        kind: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jsd", or "tvd" sum |p - q| / 2 (in [0, 1]).
+        kind: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), "jsd", or "tvd" sum |p - q| / 2 (in [0, 1]; its subgradient
+            where p_v = q_v is 0).
         beta: jsd alone, 0 < beta < 1: beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p, the generalised
             JSD of GKD (Agarwal et al. 2024, eq. 1) and of TRL's GKDTrainer. TRL's beta = 0 and 1 are forward_kl and
             reverse_kl; the true limits are 0, and are refused.
@@ -90,7 +91,8 @@ def linear_divergence(
         logit_scale, softcap: z = softcap * tanh(logit_scale * (h.W + b) / softcap) / temperature, each head its own.
         mask: bool [...]; False rows give 0 and no gradient, whatever they hold, and cost nothing.
         weights: [...] floating, a constant factor of each token's divergence, or None for 1.
-        reduction: "none" [...]: any upstream gradient, 2 GEMM pairs forward and 4 GEMMs backward. "sum", "mean" (over
+        reduction: "none" [...]: any upstream gradient; the backward recomputes both heads' logits of the rows whose
+            upstream gradient is not zero (6 GEMMs in all, 8 in the kernels for half precision). "sum", "mean" (over
             the rows kept, or over the sum of their weights; 0 when there are none): the gradients are made in the
             forward pass, 4 GEMMs in all, and rows of weight zero cost nothing.
         backend: None (by device), "reference", "torch" or "triton". workspace_bytes: bytes of logits at once.
@@ -103,6 +105,9 @@ def linear_divergence(
         ValueError, TypeError: shapes, dtypes, devices or numbers that do not fit, naming both sides.
     """
     law = _law(kind, beta, reduction)
+    for name, x in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     hidden, weight = settle_dtypes(hidden, weight)
     teacher_hidden, teacher_weight = settle_dtypes(teacher_hidden, teacher_weight)
     check_pair(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)

@@ -85,17 +85,17 @@ def fused_loss(
     check_inputs(hidden, weight, batch.targets, bias)
     names = outputs_of(objective, tuple(outputs))
     head = head_spec(weight, bias, temperature, logit_scale, softcap, hidden)
-    how = _How(names, backend, strategy, workspace_bytes, aggregate, ignore_index, skip_inert, process_group)
+    how = How(names, backend, strategy, workspace_bytes, aggregate, ignore_index, skip_inert, process_group)
     dispatch.loss_strategy(strategy)
     if torch.compiler.is_compiling():
         from fastrl.ops import compiled
 
-        return compiled.fused_loss(objective, hidden, head, batch, how)
+        return compiled.fused_loss(objective, hidden, head, batch, how, debug_checks)
     return run_fused(objective, hidden, head, batch, how, debug_checks)
 
 
 @dataclass(frozen=True)
-class _How:
+class How:
     """The options of a fused_loss call that are no part of the head."""
 
     names: tuple[str, ...]
@@ -109,7 +109,7 @@ class _How:
 
 
 def run_fused(
-    objective: Objective, hidden: Tensor, head: HeadSpec, batch: TokenBatch, how: _How, debug_checks: bool = False
+    objective: Objective, hidden: Tensor, head: HeadSpec, batch: TokenBatch, how: How, debug_checks: bool = False
 ) -> LossOutput:
     """fused_loss of checked inputs."""
     shard = shard_of(how.process_group, head.weight)
@@ -124,9 +124,11 @@ def run_fused(
     wanted = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)
     )
+    # Ranks must agree on it, whatever number of words each of them has.
+    budget = dispatch.workspace(how.workspace_bytes, hidden, vocabulary if shard is None else 0)
     one_pass = dispatch.loss_strategy(how.strategy) == "one_pass" and name != "reference" and h.shape[0] > 0
     if wanted and one_pass:
-        plan = Plan(dispatch.workspace(how.workspace_bytes, hidden, vocabulary), shard=shard)
+        plan = Plan(budget, shard=shard)
         law = _Law(objective, kept, weights, _units(objective, kept), name)
         stats = TokenStats()
         loss = _OnePass.apply(h, head.weight, head.bias, head, (name, how.names, plan), law, stats)
@@ -134,7 +136,7 @@ def run_fused(
         strategy = how.strategy if wanted and how.strategy != "one_pass" else None
         stats = head_statistics(
             head, h, kept.targets, how.names, backend=how.backend, strategy=strategy,
-            workspace_bytes=how.workspace_bytes, ignore_index=how.ignore_index, process_group=how.process_group,
+            workspace_bytes=budget, ignore_index=how.ignore_index, process_group=how.process_group,
         )  # fmt: skip
         loss = apply_law(objective, stats, kept, weights)
         stats = stats.detach()
@@ -207,6 +209,8 @@ class _Law:
     ):
         if units is None and batch.advantages is not None:
             batch = dataclasses.replace(batch, advantages=batch.token_advantages)
+        if scope_of(objective) == "sequence":  # pieces may part the two sequences of a pair
+            batch = dataclasses.replace(batch, margins=None)
         self.objective, self.batch, self.weights, self.units = objective, batch, weights, units
         self.by_kernel = backend == "triton" and units is None
         self.next_unit = 0

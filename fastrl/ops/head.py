@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.tokens import capturing
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -76,7 +78,13 @@ class Coefs:
         return Coefs(*(None if x is None else x[rows] for x in (self.logprobs, self.entropy, self.logsumexp)))
 
     def nonzero_rows(self) -> Tensor:
-        """[K] ascending indices of the rows with any coefficient other than zero (NaN counts as other)."""
+        """[K] ascending indices of the rows with any coefficient other than zero (NaN counts as other).
+
+        All of them while a CUDA graph is captured, when their number cannot be read.
+        """
+        first = self.present()[0]
+        if capturing(first):
+            return torch.arange(first.shape[0], device=first.device)
         keep = torch.stack([x != 0 for x in self.present()]).any(0)
         return keep.nonzero().squeeze(1)
 

@@ -28,6 +28,13 @@ def no_second_derivative(backward: Callable) -> Callable:
     return wrapped
 
 
+def refuse(*_) -> None:
+    raise RuntimeError(
+        "the gradients of linear_logprobs and fused_loss cannot be differentiated twice: their backward keeps no "
+        "graph; use backend='reference' for second derivatives"
+    )
+
+
 class _Refuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad: Tensor, anchor: Tensor) -> Tensor:
@@ -35,7 +42,4 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        raise RuntimeError(
-            "the gradients of linear_logprobs and fused_loss cannot be differentiated twice: their backward keeps no "
-            "graph; use backend='reference' for second derivatives"
-        )
+        refuse()

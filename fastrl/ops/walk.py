@@ -13,6 +13,7 @@ The row work itself is a parameter: fastrl.ops.rows_torch or fastrl.ops.rows_nat
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -59,7 +60,8 @@ def gradients(
     walk = Walk(rows, head, hidden, plan)
     grads = Gradients(walk, needs, once=True)
     n = hidden.shape[0]
-    border = n if kept is None else n - kept.shape[1]
+    border = n if kept is None else n - min(n, walk.capacity)
+    kept = None if kept is None else kept[:, : n - border]  # the forward's walk was the same; what follows is padding
     chosen = coefs.nonzero_rows()
     lost, held = chosen[chosen < border], chosen[chosen >= border]
     law = row_law(head, saved, coefs)
@@ -214,32 +216,33 @@ class Walk:
         return self.room[: words * pitch].view(words, pitch)[:, :columns]
 
     def forward(self, a: int, b: int, targets: Tensor, outputs: tuple, into: Tensor | None = None):
-        """(TokenStats, Saved) of rows [a, b); their raw logits go to `into` [V, b - a] or are dropped tile by tile."""
-        head, own = self.head.at_rows(slice(a, b)), targets[a:b]
-        h = self.wide(self.hidden[a:b]).t()
-        columns = b - a
-        if self.plan.invariant:  # one shape for every GEMM, whatever the number of rows
-            columns, h = INVARIANT_ROWS, torch.nn.functional.pad(h, (0, INVARIANT_ROWS - (b - a)))
+        """(TokenStats, Saved) of rows [a, b); raw logits go to `into` [V, columns] or are dropped tile by tile."""
+        head, own, h = self.head.at_rows(slice(a, b)), targets[a:b], self.wide(self.hidden[a:b])
+        if self.plan.invariant:
+            head, own, h = _padded(head, own, h)
+        columns = h.shape[0]
         state = new_state(self.pitch(columns), self.like)
         spread = list(self.tiles(columns))
-        work = self.rows.Rows(max((d - c for c, d in spread), default=0), b - a, self.like)
+        work = self.rows.Rows(max((d - c for c, d in spread), default=0), columns, self.like)
         for c, d in spread:
             z = self.scratch(d - c, columns) if into is None else into[c:d]
-            z = self.mm(self.weight(c, d), h, z)[:, : b - a]
+            z = self.mm(self.weight(c, d), h.t(), z)
             state = work.fold(state, z, head, self.bias(c, d), own, self.offset + c, outputs)
-        state = State(*(x[: b - a] for x in state.tensors()))
+        state = State(*(x[:columns] for x in state.tensors()))
         if self.plan.shard is not None:
             state = self.plan.shard.join(state)
-        return finish(state, own, self.vocabulary, outputs)
+        stats, saved = finish(state, own, self.vocabulary, outputs)
+        return stats.map(lambda x: x[: b - a]), saved.at_rows(slice(0, b - a))
 
     def forward_kept(self, a: int, b: int, targets: Tensor, outputs: tuple):
         """((TokenStats, Saved), raw logits [V, b - a] in the one buffer of this walk)."""
-        v, pitch = self.head.weight.shape[0], self.pitch(b - a)
+        columns = INVARIANT_ROWS if self.plan.invariant else b - a
+        v, pitch = self.head.weight.shape[0], self.pitch(columns)
         if self.buffer is None or self.buffer.numel() < v * pitch:
             self.buffer = None
             self.buffer = self.like.new_empty(v * pitch)
-        logits = self.buffer[: v * pitch].view(v, pitch)[:, : b - a]
-        return self.forward(a, b, targets, outputs, logits), logits
+        logits = self.buffer[: v * pitch].view(v, pitch)[:, :columns]
+        return self.forward(a, b, targets, outputs, logits), logits[:, : b - a]
 
     def source(
         self, chosen: Tensor, targets: Tensor, law: Law, logits: Tensor | None = None, begin: int = 0, end: int = 0,
@@ -290,6 +293,7 @@ class Gradients:
         work = walk.rows.Rows(words, widest, walk.like)
         shares = [None if self.d_hidden is None else self._share(s) for s in sources]
         slab = walk.like.new_empty((words, weight.shape[1])) if self.needs[1] and self.once else None
+        sums = None if self.d_hidden is None else walk.like.new_empty((widest, weight.shape[1]))
         for a, b in spread:
             w = walk.weight(a, b)
             d_w = None
@@ -302,7 +306,9 @@ class Gradients:
                 if d_w is not None:
                     walk.mm(dz, source.hidden, d_w, 0 if self.fresh and i == 0 else 1)
                 if shares[i] is not None:
-                    walk.mm(dz.t(), w, shares[i], 1)
+                    # Not added in the GEMM: libraries may sum term by term onto what is there, and lose small ones.
+                    part = walk.mm(dz.t(), w, sums[: shares[i].shape[0]])
+                    shares[i].add_(part)
             if slab is not None:
                 self.d_weight[a:b] = d_w
         self.fresh = False
@@ -338,6 +344,17 @@ class Gradients:
         like = (self.walk.hidden, head.weight, head.bias)
         made = (self.d_hidden, self.d_weight, self.d_bias)
         return tuple(None if d is None else d.to(x.dtype) for d, x in zip(made, like, strict=True))
+
+
+def _padded(head: HeadSpec, targets: Tensor, hidden: Tensor) -> tuple[HeadSpec, Tensor, Tensor]:
+    """The rows and as many of zeros as make INVARIANT_ROWS, in one layout: GEMMs, and what follows them in vectors with
+    another code for what is left over, then treat a row alike wherever it stands."""
+    more = INVARIANT_ROWS - hidden.shape[0]
+    if isinstance(head.temperature, Tensor):
+        temperature = torch.nn.functional.pad(head.temperature, (0, more), value=1.0)
+        head = dataclasses.replace(head, temperature=temperature)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, more)).contiguous()
+    return head, torch.nn.functional.pad(targets, (0, more)), hidden
 
 
 def concatenate(parts: list, outputs: tuple, like: Tensor) -> tuple[TokenStats, Saved]:
