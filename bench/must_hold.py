@@ -12,6 +12,8 @@
     f  frozen head                                                 against the whole step of a
     g  rivals: TRL, Liger GRPO, naive                              against fastrl in a
 
+The forward-only case also times the batch-invariant mode.
+
 fp32. Every call of one shape stands in one process, in alternating rounds; a line is a ratio of two medians. Memory is
 taken in a process of its own for each call: the peak over the inputs, less the gradients and log-probs returned.
 """
@@ -26,6 +28,7 @@ from asked import CPU, SHAPES, Asked, shown
 from fastrl.bench import measure, report
 from fastrl.bench.problems import Case
 
+INVARIANT = "fastrl batch-invariant"
 RIVALS = tuple(line.against for line in CPU if line.key == "g")
 
 
@@ -59,9 +62,9 @@ def main() -> None:
         cases = cases_of(name, lines, args)
         if not cases:
             continue
-        only = ",".join(("fastrl", *RIVALS)) if name == "main" and "g" in chosen else "fastrl"
+        only = ",".join(("fastrl", INVARIANT, *RIVALS)) if name == "main" and "g" in chosen else "fastrl"
         options = measure.Options(args.rounds, args.threads, args.quiet or None, only, not args.no_memory)
-        made = measure.measure(cases, options, rivals_in=("head",))
+        made = measure.measure(cases, options, rivals_in=("head", "forward"))
         by_what = {entry["what"]: entry for entry in made}
         entries += made
         rows += [line.row(line.value(by_what)) for line in lines]

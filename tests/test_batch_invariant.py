@@ -19,6 +19,13 @@ def make(dtype, **shape):
     return problem(n=N, **{"h": 33, "v": 301, **shape}, dtype=dtype, bias=True, scale=3.0, temperature="per_token")
 
 
+def exact_dots(p):
+    """The same problem with numbers whose dot products are exact in float32: the interpreter's own product of two tiles
+    (numpy's BLAS) rounds by the place of a row in its tile, which tensor cores do not."""
+    p.hidden, p.weight = (4 * p.hidden).round() / 4, (8 * p.weight).round() / 8
+    return p
+
+
 def run(p, rows, backend: str, **how) -> dict:
     """Statistics of these rows of the problem; `invariant` unless told otherwise."""
     temperature = p.options["temperature"][rows]
@@ -47,9 +54,11 @@ def differing(backend: str, p, sizes=SIZES, **how) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_is_the_same_bits_anywhere(backend, dtype):
-    sizes = (1, 17, 65) if backend == "triton" else SIZES  # the interpreter takes its time
-    shape = dict(h=16, v=900) if backend == "triton" else {}
-    assert differing(backend, make(DTYPES[dtype], **shape), sizes, strategy="two_pass") == []
+    if backend == "triton":
+        p, sizes = exact_dots(make(DTYPES[dtype], h=16, v=900)), (1, 17, 65)  # the interpreter takes its time
+    else:
+        p, sizes = make(DTYPES[dtype]), SIZES
+    assert differing(backend, p, sizes, strategy="two_pass") == []
 
 
 @pytest.mark.parametrize("shape", [(16, 37), (64, 2048), (257, 2100), (100, 4099)], ids=str)
@@ -134,6 +143,6 @@ def test_mutants_of_the_walk_are_seen(plant, backend, monkeypatch):
 
 
 def test_mutant_of_the_kernel_is_seen(monkeypatch):
-    p = make(torch.float32, h=16, v=900)
+    p = exact_dots(make(torch.float32, h=16, v=900))
     splits_by_rows(monkeypatch)
     assert differing("triton", p, (1, 17), strategy="two_pass")

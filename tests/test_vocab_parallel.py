@@ -25,7 +25,7 @@ import test_regimes
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracle import DIFFERENTIABLE, EVERY_STAT, assert_as_accurate, assert_same, gradients, plain_run, problem
+from oracle import DIFFERENTIABLE, EVERY_STAT, Watch, assert_as_accurate, assert_same, gradients, plain_run, problem
 from test_operators import GRADS, OPTIONS, check_exact
 from test_regimes import check_regime
 
@@ -366,18 +366,43 @@ def messages() -> None:
 def counted():
     """Element counts of what the collectives bring: ([gathered], [summed])."""
     gathered, summed = [], []
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    gather, reduce = dist.all_gather, dist.all_reduce
 
-    def all_gather_into_tensor(out, x, **rest):
-        gathered.append(out.numel())
-        return gather(out, x, **rest)
+    def all_gather(made, x, **rest):
+        gathered.append(len(made) * x.numel())
+        return gather(made, x, **rest)
 
     def all_reduce(x, **rest):
         summed.append(x.numel())
         return reduce(x, **rest)
 
-    with patch.multiple(dist, all_gather_into_tensor=all_gather_into_tensor, all_reduce=all_reduce):
+    with patch.multiple(dist, all_gather=all_gather, all_reduce=all_reduce):
         yield gathered, summed
+
+
+@check("hidden without gradients")
+def frozen_hidden() -> None:
+    """Nothing to sum: dW and db of this rank's words, and 1 GEMM less on each rank."""
+    Cut.cut = "one_word_last"
+    p = problem(n=48, bias=True)
+    _, true = plain_run(p, torch.float64, ("logprobs",))
+    own = Cut.words(37)
+    batch = TokenBatch(p.targets, advantages=-p.upstream["logprobs"])
+    how = dict(process_group=dist.group.WORLD)
+    for strategy in ("two_pass", "one_pass"):
+        _, weight, bias = shards(p)
+        with Watch() as watch, counted() as (_, summed):
+            if strategy == "two_pass":
+                logprobs = linear_logprobs(p.hidden, weight, p.targets, bias, strategy=strategy, **how).logprobs
+                (logprobs * p.upstream["logprobs"]).sum().backward()
+            else:
+                objective, ones = losses.get("reinforce"), lambda b: torch.ones(48)
+                out = fused_loss(objective, p.hidden, weight, batch, bias, aggregate=ones, **how)
+                out.loss.backward()
+        everyone(None)
+        assert not summed and watch.macs == (3 if strategy == "two_pass" else 2) * 48 * 16 * weight.shape[0]
+        for n, x, t in (("d_weight", weight, true[1]), ("d_bias", bias, true[2])):
+            assert_same(n, x.grad, t[own], 1e-10)
 
 
 @check("bad input")

@@ -130,6 +130,19 @@ def fastrl_tokens(case: Case) -> Law:
     return run
 
 
+def fastrl_invariant(case: Case) -> Law:
+    """Log-probs whose bits do not depend on the other rows."""
+    import fastrl
+
+    def run(problem, hidden, weight):
+        stats = fastrl.linear_logprobs(
+            hidden, weight, problem.data.targets, batch_invariant=True, **chosen(case, ("one_pass",))
+        )
+        return None, stats.logprobs
+
+    return run
+
+
 def chosen(case: Case, others: tuple[str, ...]) -> dict[str, Any]:
     """The case's backend and strategy; a strategy of the `others`, which belong to the other function, is left out."""
     return {"backend": case.backend, "strategy": None if case.strategy in others else case.strategy}
@@ -268,6 +281,7 @@ NLL, POLICY, PAIRS = ("nll",), ("ppo_clip",), ("dpo",)
 CONTENDERS: dict[str, Contender] = {
     "fastrl": Contender(fastrl_head),
     "fastrl per-token API": Contender(fastrl_tokens, whats=LOSS_ONLY),
+    "fastrl batch-invariant": Contender(fastrl_invariant, whats=("forward",)),
     "naive log_softmax": Contender(naive),
     "naive torch.compile": Contender(compiled, compiles=True),
     "torch linear_cross_entropy": Contender(torch_linear_cross_entropy),

@@ -107,10 +107,10 @@ def head_spec(weight: Tensor, bias, temperature, logit_scale: float, softcap: fl
         temperature = temperature.reshape(-1).to(hidden.device, accumulation_dtype(hidden.dtype))
         if not torch.compiler.is_compiling():  # a compiled call reads its numbers inside the operator
             check_temperatures(temperature, None)
-    elif not (math.isfinite(temperature) and temperature > 0):
+    elif not 0 < temperature < math.inf:  # comparisons, which torch.compile can trace of a variable
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; for greedy scores use 1.0")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     return HeadSpec(weight, bias, float(logit_scale), softcap, temperature)

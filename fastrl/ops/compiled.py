@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,10 @@ def _index(thing) -> int:
         kind = type(thing)
         names = _names(kind)
         return _place_of_parts(kind, *[_index(getattr(thing, n)) for n in names.split(",") if n])
+    if isinstance(thing, float):
+        thing = float.fromhex(thing.hex())  # after a change of value dynamo would hold it for a variable
+    elif isinstance(thing, int) and not isinstance(thing, bool):
+        thing = operator.index(thing)
     return _place_of(thing)
 
 
@@ -205,11 +210,13 @@ def _backward(ctx, upstream, *_):
     if upstream is None:
         return (None,) * ctx.inputs
     needs = ctx.needs_input_grad[:3]
-    grads = (g * upstream.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True))
+    # 0-dim: the dtype of g stays.
+    grads = (g * upstream if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True))
     return (*grads, *(None,) * (ctx.inputs - 3))
 
 
 fused_loss_op.register_autograd(_backward, setup_context=_setup)
+_call = torch.ops.fastrl.fused_loss
 
 
 # -- the door --------------------------------------------------------------------------------------------------------
@@ -226,7 +233,7 @@ def fused_loss(
     ]
     per_token = isinstance(head.temperature, Tensor)
     key = _key(_index(objective), _index(how), debug_checks, accumulation_dtype(hidden.dtype), *kinds)
-    loss, metrics, *rest = torch.ops.fastrl.fused_loss(
+    loss, metrics, *rest = _call(
         hidden, head.weight, head.bias, head.temperature if per_token else None, *tensors,
         key, head.logit_scale, head.softcap, 1.0 if per_token else float(head.temperature), *needs,
     )  # fmt: skip

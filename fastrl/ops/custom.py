@@ -102,7 +102,9 @@ def linear_statistics(hidden, weight, bias, targets, temperatures, *call):
         made.append(spread(getattr(stats, name), rows, n) if wanted else empty.clone())
     made += [spread(saved.max, rows, n), spread(saved.log_sum, rows, n)]
     if kept is not None:  # with its padding: a compiled graph wants to know the strides
+        columns = kept.shape[1]
         kept = kept.as_strided((weight.shape[0], kept.stride(0)), (kept.stride(0), 1))
+        kept[:, columns:] = 0
     made += [empty.clone() if kept is None else kept, empty.clone() if unit is None else unit]
     return tuple(made)
 

@@ -72,6 +72,8 @@ def linear_logprobs(
     shape, flat = targets.shape, targets.reshape(-1)
     h = hidden.reshape(-1, hidden.shape[-1])
     if support is not None:
+        if process_group is not None:
+            raise ValueError("support= and process_group= do not go together: kept words would lie on several ranks")
         from fastrl.ops.support import support_statistics
 
         how = dict(backend=backend, workspace_bytes=workspace_bytes)
@@ -108,6 +110,8 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if label_smoothing and head_options.get("softcap") is not None:
         raise ValueError("label_smoothing with softcap has no logits-free form here; drop one of the two")
+    if label_smoothing and head_options.get("process_group") is not None:
+        raise ValueError("label_smoothing with process_group is not supported: the mean logit spans all ranks")
     outputs = ("logprobs", "logsumexp") if (label_smoothing or z_loss) else ("logprobs",)
     stats = linear_logprobs(hidden, weight, targets, bias, ignore_index=ignore_index, outputs=outputs, **head_options)
     loss = -stats.logprobs
@@ -159,7 +163,7 @@ def head_statistics(
         ",".join(outputs),
         name,
         dispatch.statistics_strategy(strategy, name, needs, differentiable),
-        dispatch.workspace(workspace_bytes, hidden, head.weight.shape[0]),
+        dispatch.workspace(workspace_bytes, hidden, 0 if process_group is not None else head.weight.shape[0]),
         head.logit_scale,
         head.softcap,
         1.0 if temperatures is not None else float(head.temperature),

@@ -67,5 +67,5 @@ def shard_of(group: dist.ProcessGroup | None, weight: Tensor) -> Shard | None:
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, ...] of every rank's x [...], which all have the shape of this rank's."""
     made = x.new_empty((group.size(), *x.shape))
-    dist.all_gather_into_tensor(made.view(-1), x.view(-1), group=group)
+    dist.all_gather(list(made), x, group=group)
     return made
