@@ -58,8 +58,8 @@ static void part_statistics(const fastrl_head &h, const fastrl_tile &tile, int64
     for (int64_t v = 0; v < rows; v++)
       for (int g = 0; g < GROUP; g++) top[g] = larger(load(z + v * stride + g * LANES), top[g]);
   }
-  Vec count[GROUP] = {}, rest[GROUP] = {}, weighted[GROUP] = {}, squares[GROUP] = {};
-  Int first[GROUP];
+  Vec rest[GROUP] = {}, weighted[GROUP] = {}, squares[GROUP] = {};
+  Int count[GROUP] = {}, first[GROUP];
   for (int g = 0; g < GROUP; g++) first[g] = Int{} + INT32_MAX;
   for (int64_t v = 0; v < rows; v++)
     for (int g = 0; g < GROUP; g++) {
@@ -67,8 +67,8 @@ static void part_statistics(const fastrl_head &h, const fastrl_tile &tile, int64
       // -inf - -inf is NaN where every logit of the part is -inf; there each is a hit, and the hits are left out.
       Vec gap = x - top[g];
       Int hit = x == top[g];
-      Vec e = where(hit, Vec{}, exp_nonpositive(gap));
-      count[g] = where(hit, count[g] + 1.0f, count[g]);
+      Vec e = where(hit | (gap < all(LOWEST)), Vec{}, exp_in_range(gap));
+      count[g] -= hit;
       rest[g] += e;
       // e is 0 long before gap is -1000: the bound only keeps 0 * -inf from being NaN.
       if (OUTPUTS & FASTRL_ENTROPY) weighted[g] -= e * where(gap < all(-1000.0f), all(-1000.0f), where(hit, Vec{}, gap));
@@ -81,7 +81,7 @@ static void part_statistics(const fastrl_head &h, const fastrl_tile &tile, int64
   for (int g = 0; g < GROUP; g++) {
     int64_t c = column + g * LANES;
     store(out.top + c, top[g]);
-    store(out.count + c, count[g]);
+    store(out.count + c, __builtin_convertvector(count[g], Vec));
     store(out.rest + c, rest[g]);
     if (OUTPUTS & FASTRL_ENTROPY) store(out.weighted + c, weighted[g]);
     if (OUTPUTS & FASTRL_EXTRA) {
@@ -131,7 +131,7 @@ static void merge_part(fastrl_state &s, const Part &p, int64_t c) {
 
 template <Transform F, int OUTPUTS>
 static int fold(const fastrl_head &h, const fastrl_tile &tile, fastrl_state &state, int threads) {
-  constexpr int GROUP = LANES >= 16 ? 2 : 4;
+  constexpr int GROUP = 2;
   int64_t lanes = (tile.columns + LANES - 1) / LANES, width = lanes * LANES;
   int64_t parts = (tile.rows + WORDS - 1) / WORDS, groups = (lanes + GROUP - 1) / GROUP;
   int64_t plane = parts * width;

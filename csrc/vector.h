@@ -10,27 +10,29 @@ static inline Vec all(float x) { return x - Vec{}; }
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec where(Int mask, Vec a, Vec b) { return mask ? a : b; }
 
-// e^x for x <= 0, within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r = 1 + r + r^2 p(r), p by least squares on Chebyshev
-// nodes. Below -87.3 the result would be denormal: it is 0. NaN stays NaN.
-static inline Vec exp_nonpositive(Vec x) {
-  const Vec low = all(-87.3f);
-  Int under = x < low;
-  x = where(under, low, x);
+constexpr float LOWEST = -87.3f;
+
+// e^x for LOWEST <= x <= 0, and anything below it; within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r = 1 + r + r^2 p(r), p by least squares on
+// Chebyshev nodes (5e-9). NaN stays NaN.
+static inline Vec exp_in_range(Vec x) {
   const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   Vec shifted = x * 1.44269504f + magic;
   Vec n = shifted - magic;
   Vec r = x - n * 0.693359375f;  // the first part of ln 2 has 9 bits: n times it is exact
   r = r + n * 2.12194440e-4f;
-  Vec p = all(0.00019909454731585057f);
-  p = p * r + 0.001394609116518447f;
-  p = p * r + 0.00833328087428514f;
-  p = p * r + 0.04166626957558039f;
-  p = p * r + 0.1666666678840607f;
+  Vec p = all(0.0013946091165293016f);
+  p = p * r + 0.008369079721703447f;
+  p = p * r + 0.041666269575580756f;
+  p = p * r + 0.16666516784011334f;
   p = p * r + 0.5000000078087234f;
   Vec e = (r * r) * p + r + 1.0f;
   Int scale = (reinterpret_cast<Int &>(shifted) - (0x4B400000 - 127)) << 23;  // 2^n
-  e = e * reinterpret_cast<Vec &>(scale);
-  return where(under, Vec{}, e);
+  return e * reinterpret_cast<Vec &>(scale);
+}
+
+// e^x for x <= 0. Below LOWEST the result would be denormal: it is 0.
+static inline Vec exp_nonpositive(Vec x) {
+  return where(x < all(LOWEST), Vec{}, exp_in_range(x));  // NaN compares false and stays
 }
 
 // tanh within 3 ulp: an odd polynomial below 0.55, (1 - e) / (1 + e) with e = exp(-2 |x|) above.

@@ -130,9 +130,10 @@ def test_offsets_beyond_two_to_the_31st():
 
 def test_more_than_two_to_the_31_logits():
     """N x V > 2^31, forward and backward; a few rows and a few words against float64."""
-    n, v, h = 2148, 1_000_003, 4
+    n, v, h = 2148, 1_000_003, 16
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(n, h, generator=g).requires_grad_(), torch.randn(v, h, generator=g).requires_grad_()
+    hidden = (torch.randn(n, h, generator=g) / 4).requires_grad_()
+    weight = torch.randn(v, h, generator=g).requires_grad_()
     targets, advantages = torch.randint(v, (n,), generator=g), torch.randn(n, generator=g)
     targets[-1] = v - 1
     out = fused_loss(
@@ -178,7 +179,7 @@ def tied():
 # what is planted: (file, text, what takes its place, the check that must turn red)
 MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
     "last words of a tile left out": ("rows_isa.h", "v < rows; v++", "v < rows - 1; v++", exact()),
-    "ties with the top not counted": ("rows_isa.h", "where(hit, count[g] + 1.0f, count[g])", "all(1.0f)", tied),
+    "ties with the top not counted": ("rows_isa.h", "count[g] -= hit;", "count[g] = Int{} + 1;", tied),
     "no rescaling when the top rises": (
         "rows_isa.h", "store(s.rest + c, a * (rest", "store(s.rest + c, (rest", exact()
     ),
@@ -207,10 +208,10 @@ MUTANTS: dict[str, tuple[str, str, str, Callable]] = {
         "rows_isa.h", "where(gap < all(-1000.0f), all(-1000.0f), where(hit, Vec{}, gap))", "where(hit, Vec{}, gap)",
         lambda: check_regime("inf_columns", torch.float32)
     ),
-    "coarse exponential": ("vector.h", "p = p * r + 0.001394609116518447f;", "p = p * r;", accurate("plain")),
+    "coarse exponential": ("vector.h", "p = p * r + 0.008369079721703447f;", "p = p * r;", accurate("plain")),
     "coarse hyperbolic tangent": ("vector.h", "p = p * t - 0.0538233257830143f;", "p = p * t;", accurate()),
     "exponential that ends too early": (
-        "vector.h", "const Vec low = all(-87.3f);", "const Vec low = all(-10.0f);", lambda: check_confident(1e-6)
+        "vector.h", "LOWEST = -87.3f", "LOWEST = -10.0f", lambda: check_confident(1e-6)
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from fastrl.ops.head import Coefs, HeadSpec, Plan, Saved, accumulation_dtype
 from fastrl.ops.rows import Law, State, finish, new_state, row_law
 from fastrl.tokens import TokenStats
 
-TILE_BYTES = {"cpu": 2 << 20}  # of logits in one tile: a share of the last-level cache
+CACHE_BYTES = {"cpu": 18 << 20}  # of a tile, its dlogits, its words' W and dW; measured where 32 MiB are shared
 WIDENED_BYTES = {"cpu": 8 << 20}  # of a half-precision W held in the accumulation dtype at once
 GPU_BYTES = 256 << 20
 INVARIANT_ROWS, INVARIANT_WORDS = 64, 2048  # the shape of every GEMM of a batch-invariant forward
@@ -156,16 +156,17 @@ class Walk:
         # bf16 GEMMs accumulate in fp32 on a GPU. Elsewhere, and for fp16 (whose range the gradients leave), tiles of W
         # are widened one at a time, so that no fp32 copy of W ever exists.
         self.narrow = hidden.dtype == torch.bfloat16 and device != "cpu"
-        tile = min(TILE_BYTES.get(device, GPU_BYTES), max(workspace // 16, 1))
+        tile = min(3 << 20 if device == "cpu" else GPU_BYTES, max(workspace // 16, 1))
         self.vocabulary = v if plan.shard is None else plan.shard.vocabulary
         self.offset = 0 if plan.shard is None else plan.shard.offset
         widest = v if plan.shard is None else plan.shard.widest  # ranks must agree on the chunks
-        self.capacity = self._columns((workspace - 3 * tile) // (size * max(widest, 1)))
+        self.capacity = self._columns((workspace - 2 * tile) // (size * max(widest, 1)))
         # Rows that a backward takes together: as many as leave a tile 512 words.
-        self.width = self._columns(workspace // 8 // (size * min(512, max(widest, 1))))
+        self.width = self._columns(max(16, workspace // 8 // (size * min(512, max(widest, 1)))))
         if plan.invariant:
             self.capacity = self.width = INVARIANT_ROWS
-        self.tile_elements = max(tile, 1) // size
+        self.tile_elements = max(2 * tile, 1) // size
+        self.cached = CACHE_BYTES.get(device, 8 * GPU_BYTES) // (2 * size)
         self.widened = WIDENED_BYTES.get(device, GPU_BYTES) // (size * max(1, hidden.shape[1]))
         self.buffer: Tensor | None = None
         self.room: Tensor | None = None
@@ -183,7 +184,8 @@ class Walk:
         v = self.head.weight.shape[0]
         if self.plan.invariant:
             return spans(v, INVARIANT_WORDS)
-        words = max(256, self.tile_elements // max(1, columns))
+        words = min(self.cached // (columns + self.hidden.shape[1] + 1), self.tile_elements // max(1, columns))
+        words = max(256, words)
         if self.hidden.dtype != self.acc and not self.narrow:
             words = min(words, max(1, self.widened))
         count = max(1, -(-v // words))
