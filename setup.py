@@ -12,8 +12,11 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGES = [
     "fastrl",
+    "fastrl.advantages",
     "fastrl.bench",
     "fastrl.data",
+    "fastrl.integrations",
+    "fastrl.integrations.trl",
     "fastrl.kernels",
     "fastrl.losses",
     "fastrl.models",
@@ -22,6 +25,7 @@ PACKAGES = [
     "fastrl.rewards",
     "fastrl.rollout",
     "fastrl.train",
+    "fastrl.train.configs",
     "fastrl.train.stages",
 ]
 

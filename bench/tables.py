@@ -145,6 +145,19 @@ def exactness(record: Record, source: str) -> str:
     return f"**Exactness**: worst relative (L2) error. {made_by(record, source)}\n\n{table(['', 'error'], rows)}"
 
 
+def loss_costs(record: Record, source: str) -> str:
+    """Every loss over the plain NLL, dearest first."""
+    rows = []
+    for row in sorted(record["losses"], key=lambda row: -row["times_nll"]):
+        allowed = row["allowed"]
+        verdict = "" if allowed is None else "holds" if row["times_nll"] <= allowed else "missed"
+        limit = "" if allowed is None else f"<= {allowed:g} x"
+        rows.append([row["loss"], row["scope"], f"{row['times_nll']:.3f} x", limit, verdict])
+    made = made_by(record, source).replace("(bench/results/", "(../bench/results/")
+    header = ["loss", "scope", "time over NLL", "asked", ""]
+    return f"{table(header, rows)}\n\n{made}<br><sub>{where(record)}</sub>"
+
+
 def quickstart(record: Record, source: str) -> str:
     rows = []
     for run in record["runs"]:
@@ -176,7 +189,7 @@ PAGES: dict[str, dict[str, Callable[[Found], str]]] = {
         "pictures": pictures,
         "bench": each({"head": head, "trainer_vs_trl": trainer, "exactness": exactness}),
     },
-    "docs/benchmarks.md": {"cases": every_case},
+    "docs/benchmarks.md": {"cases": every_case, "losses": each({"losses": loss_costs})},
 }
 
 

@@ -9,14 +9,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "TokenBatch": "fastrl.tokens",
     "TokenStats": "fastrl.tokens",
+    "HeadStats": "fastrl.tokens",
     "LossOutput": "fastrl.objective",
+    "Divergence": "fastrl.objective",
+    "Teacher": "fastrl.ops.distill",
     "fused_loss": "fastrl.ops",
     "linear_cross_entropy": "fastrl.ops",
     "linear_divergence": "fastrl.ops",
     "linear_logprobs": "fastrl.ops",
     "loss_from_logprobs": "fastrl.ops",
+    "loss_from_scores": "fastrl.ops.scores",
 }
-_ROOMS = ("data", "losses", "models", "ops", "rewards", "rollout", "tokens", "train")
+_ROOMS = ("data", "integrations", "losses", "models", "ops", "rewards", "rollout", "tokens", "train")
 __all__ = ["__version__", *_HOMES]
 
 

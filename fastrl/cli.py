@@ -1,4 +1,4 @@
-"""The `fastrl` command: sft, dpo, grpo, quickstart, doctor, bench. Torch loads once there is something to do."""
+"""The `fastrl` command: sft, dpo, kto, grpo, quickstart, doctor, bench. Torch loads once there is something to do."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ fastrl: post-training of language models; logits never formed
 
   fastrl sft   --model_name_or_path M --dataset_name D --output_dir O   likelihood of completions
   fastrl dpo   --model_name_or_path M --dataset_name D --output_dir O   preference pairs
+  fastrl kto   --model_name_or_path M --dataset_name D --output_dir O   single answers, good or bad
   fastrl grpo  --model_name_or_path M --dataset_name D --output_dir O --reward_funcs F ...
                                                                         sampled, scored, reinforced
   fastrl quickstart [--short]     a small model learns arithmetic: SFT, then GRPO, with plots
+  fastrl losses [NAME]            every loss: paper, formula, scope, cost; one in full
   fastrl doctor                   versions, devices, optional packages
   fastrl bench [--what all]       the head against bare GEMMs and against rivals
   fastrl COMMAND --help           every flag with its default
@@ -118,6 +120,10 @@ def quickstart(argv: list[str]) -> int:
     return importlib.import_module("fastrl.quickstart").main(argv)
 
 
+def losses(argv: list[str]) -> int:
+    return importlib.import_module("fastrl.losses.card").main(argv)
+
+
 def bench(argv: list[str]) -> int:
     return importlib.import_module("fastrl.bench").main(argv)
 
@@ -147,7 +153,12 @@ OPTIONAL = {
     "trl": "fastrl bench",
     "liger-kernel": "fastrl bench",
 }
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"quickstart": quickstart, "doctor": doctor, "bench": bench}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "quickstart": quickstart,
+    "losses": losses,
+    "doctor": doctor,
+    "bench": bench,
+}
 
 
 def _report(name: str, otherwise: str) -> bool:

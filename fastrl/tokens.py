@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 TOKEN_FIELDS = ("targets", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+SEQUENCE_FIELDS = ("labels", "group_ids", "rewards", "group_tokens")
 STAT_NAMES = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "is_argmax")
+SIDE_NAMES = ("divergence", "mean_logits", "support_logits")  # made beside the walk over the head, for fused_loss alone
 
 
 @dataclass
@@ -26,6 +28,9 @@ class TokenStats:
     logsumexp         log sum_v exp z_v               differentiable
     log_sum_sq_probs  log sum_v p_v^2                 no gradient (WPO, optimal token baseline)
     is_argmax         z of the target is the largest  bool, no gradient
+    divergence        from a teacher's softmax        nats, >= 0, differentiable (fused_loss(..., teacher=...))
+    mean_logits       mean_v z_v                      differentiable (label smoothing)
+    support_logits    z of k given words, [..., k]    differentiable (top-k distillation)
     """
 
     logprobs: Tensor | None = None
@@ -33,13 +38,52 @@ class TokenStats:
     logsumexp: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     is_argmax: Tensor | None = None
+    divergence: Tensor | None = None
+    mean_logits: Tensor | None = None
+    support_logits: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TokenStats:
         """Apply `fn` to every statistic that is present."""
-        return TokenStats(*(None if (x := getattr(self, name)) is None else fn(x) for name in STAT_NAMES))
+        return TokenStats(**{n: fn(x) for n in (*STAT_NAMES, *SIDE_NAMES) if (x := getattr(self, n)) is not None})
 
     def detach(self) -> TokenStats:
         return self.map(Tensor.detach)
+
+    @classmethod
+    def joined(cls, stats: list[TokenStats]) -> TokenStats:
+        """Those of several batches, one after the other."""
+        present = [n for n in (*STAT_NAMES, *SIDE_NAMES) if all(getattr(s, n) is not None for s in stats)]
+        return cls(**{n: torch.cat([getattr(s, n) for s in stats]) for n in present})
+
+
+@dataclass
+class HeadStats:
+    """What a small head beside the language model says of a packed batch: reward, process reward and value models.
+
+    Each is None where the head does not give it; all differentiable.
+
+    scores        [S] one number a sequence, or [S, K] from K outputs
+    values        [T] one number a row, or [T, K]: logits of K classes, or of K bins
+    log_variance  [S] or [T]: log of the variance of the scores or values, from a mean-variance head
+    """
+
+    scores: Tensor | None = None
+    values: Tensor | None = None
+    log_variance: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> HeadStats:
+        """Apply `fn` to every statistic that is present."""
+        return HeadStats(*(None if (x := getattr(self, f.name)) is None else fn(x) for f in dataclasses.fields(self)))
+
+    def detach(self) -> HeadStats:
+        return self.map(Tensor.detach)
+
+    @classmethod
+    def joined(cls, stats: list[HeadStats]) -> HeadStats:
+        """Those of several batches, one after the other."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        present = [n for n in names if all(getattr(s, n) is not None for s in stats)]
+        return cls(**{n: torch.cat([getattr(s, n) for s in stats]) for n in present})
 
 
 @dataclass
@@ -59,6 +103,8 @@ class TokenBatch:
             of the optimizer step; default: this batch's own counts.
         num_groups: global number of prompts (for `prompt_mean`). group_tokens: [S] trained tokens of each sequence's
             whole group over all micro-batches; default: counted in this batch.
+        per_token, per_sequence: whatever else an objective reads, by name: tensors [T] and [S].
+        prepared_for: the objective whose columns of the whole step are here already (fastrl.objective.prepared).
 
     Pairs are interleaved: sequences 2p and 2p+1 are chosen and rejected of pair p.
     """
@@ -78,6 +124,9 @@ class TokenBatch:
     num_sequences: float | Tensor | None = None
     num_groups: float | Tensor | None = None
     group_tokens: Tensor | None = None
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+    per_sequence: dict[str, Tensor] = field(default_factory=dict)
+    prepared_for: object = None
 
     def __post_init__(self):
         t = self.targets.shape[0] if self.targets.dim() == 1 else -1
@@ -93,9 +142,13 @@ class TokenBatch:
         for name in TOKEN_FIELDS[1:]:
             self._check(name, t, "T")
         s = self.num_segments
-        for name in ("labels", "group_ids", "rewards", "group_tokens"):
+        for name in SEQUENCE_FIELDS:
             self._check(name, s, "S")
         self._check("margins", s // 2, "P")
+        for where, letter, size in (("per_token", "T", t), ("per_sequence", "S", s)):
+            for name, x in getattr(self, where).items():
+                if x.shape[:1] != (size,):
+                    raise ValueError(f"{where}[{name!r}] must be [{letter}={size}], got {list(x.shape)}")
         adv = self.advantages
         if adv is not None and (adv.dim() != 1 or adv.shape[0] not in (t, s)):
             raise ValueError(f"advantages must be [T={t}] or [S={s}], got {list(adv.shape)}")
@@ -157,11 +210,50 @@ class TokenBatch:
     def _is_per_token(self) -> bool:
         return self.advantages.shape[0] == self.targets.shape[0]
 
+    def token(self, name: str, why: str = "this objective") -> Tensor:
+        """[T] column `name` of per_token. Raises ValueError if it is not there."""
+        if name not in self.per_token:
+            known = ", ".join(self.per_token) or "none"
+            raise ValueError(f"{why} needs batch.per_token[{name!r}] [T]; there is {known}")
+        return self.per_token[name]
+
+    def sequence(self, name: str, why: str = "this objective") -> Tensor:
+        """[S] column `name` of per_sequence. Raises ValueError if it is not there."""
+        if name not in self.per_sequence:
+            known = ", ".join(self.per_sequence) or "none"
+            raise ValueError(f"{why} needs batch.per_sequence[{name!r}] [S]; there is {known}")
+        return self.per_sequence[name]
+
     def spread(self, per_sequence: Tensor) -> Tensor:
         """[S] -> [T]: each sequence's number on all of its rows."""
         return torch.repeat_interleave(per_sequence, self.lengths, dim=0, output_size=self.targets.shape[0])
 
     # -- new batches from old --------------------------------------------------------------------------------------
+    @classmethod
+    def joined(cls, batches: list[TokenBatch]) -> TokenBatch:
+        """Several batches of one step as one: what all of them have, one after the other. Counts are the first's."""
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+
+        def cat(name):
+            parts = [getattr(b, name) for b in batches]
+            return None if any(x is None for x in parts) else torch.cat(parts)
+
+        def cat_all(where):
+            shared = set.intersection(*(set(getattr(b, where)) for b in batches))
+            return {n: torch.cat([getattr(b, where)[n] for b in batches]) for n in sorted(shared)}
+
+        made = {n: cat(n) for n in (*TOKEN_FIELDS, *SEQUENCE_FIELDS, "margins")}
+        if any(b.mask is not None for b in batches):
+            made["mask"] = torch.cat([b.trained for b in batches])
+        if all(b.advantages is not None for b in batches):
+            made["advantages"] = torch.cat([b.token_advantages for b in batches])
+        lengths = torch.cat([b.cu_seqlens.diff() for b in batches])
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(first.cu_seqlens.dtype)
+        columns = {where: cat_all(where) for where in ("per_token", "per_sequence")}
+        return dataclasses.replace(first, **made, **columns, cu_seqlens=cu_seqlens)
+
     def with_counts(self) -> TokenBatch:
         """Fill the normalisers that are None with this batch's own counts."""
         tokens = self.targets.shape[0] if self.mask is None else self.mask.sum()
@@ -174,6 +266,7 @@ class TokenBatch:
     def select(self, rows: Tensor, cu_seqlens: Tensor) -> TokenBatch:
         """Keep `rows` ([T'] int, ascending); the caller gives the new boundaries. All kept rows count as trained."""
         new = {n: None if (x := getattr(self, n)) is None else x[rows] for n in TOKEN_FIELDS}
+        new["per_token"] = {n: x[rows] for n, x in self.per_token.items()}
         advantages = self.advantages
         if advantages is not None:
             advantages = self.token_advantages[rows]
@@ -182,6 +275,7 @@ class TokenBatch:
     def window(self, start: int, stop: int) -> TokenBatch:
         """Rows [start, stop) as a batch of the same S sequences, most of them now empty. Counts stay global."""
         new = {n: None if (x := getattr(self, n)) is None else x[start:stop] for n in TOKEN_FIELDS}
+        new["per_token"] = {n: x[start:stop] for n, x in self.per_token.items()}
         advantages = None if self.advantages is None else self.token_advantages[start:stop]
         cu = (self.cu_seqlens - start).clamp(0, stop - start)
         return dataclasses.replace(self, **new, cu_seqlens=cu, advantages=advantages)
@@ -189,8 +283,10 @@ class TokenBatch:
     def sequences(self, start: int, stop: int, first_row: int, last_row: int) -> TokenBatch:
         """Sequences [start, stop), which are rows [first_row, last_row). Counts stay global: they must be given."""
         new = {n: None if (x := getattr(self, n)) is None else x[first_row:last_row] for n in TOKEN_FIELDS}
-        for name in ("labels", "group_ids", "rewards", "group_tokens"):
+        new["per_token"] = {n: x[first_row:last_row] for n, x in self.per_token.items()}
+        for name in SEQUENCE_FIELDS:
             new[name] = None if (x := getattr(self, name)) is None else x[start:stop]
+        new["per_sequence"] = {n: x[start:stop] for n, x in self.per_sequence.items()}
         margins = None if self.margins is None else self.margins[start // 2 : stop // 2]
         advantages = self.advantages
         if advantages is not None:
@@ -200,12 +296,21 @@ class TokenBatch:
 
     def to(self, *args, **kwargs) -> TokenBatch:
         """Move every tensor (same arguments as Tensor.to with a device)."""
-        moved = {
-            f.name: x.to(*args, **kwargs)
-            for f in dataclasses.fields(self)
-            if isinstance(x := getattr(self, f.name), Tensor)
-        }
+
+        def move(x):
+            return x.to(*args, **kwargs) if isinstance(x, Tensor) else x
+
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {n: {k: move(v) for k, v in x.items()} if isinstance(x, dict) else move(x) for n, x in moved.items()}
         return dataclasses.replace(self, **moved)
+
+    def with_columns(self, per_token: dict[str, Tensor] | None = None, per_sequence: dict | None = None) -> TokenBatch:
+        """The same batch with further columns."""
+        return dataclasses.replace(
+            self,
+            per_token={**self.per_token, **(per_token or {})},
+            per_sequence={**self.per_sequence, **(per_sequence or {})},
+        )
 
 
 def segment_sum(values: Tensor, batch: TokenBatch) -> Tensor:

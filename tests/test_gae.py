@@ -209,8 +209,8 @@ def kernel(change):
 
 
 def plain(change):
-    own = advantages.reverse_scan
-    return "torch", lambda m: m.setattr(advantages, "reverse_scan", lambda a, b, longest: own(*change(a, b, longest)))
+    own, home = advantages.reverse_scan, advantages.returns
+    return "torch", lambda m: m.setattr(home, "reverse_scan", lambda a, b, longest: own(*change(a, b, longest)))
 
 
 MUTANTS = {

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "ops.reference": set(),
     "objective": {"tokens"},
     "ops": {"kernels", "tokens", "objective", "advantages"},
-    "losses": {"tokens"},
+    "losses": {"tokens", "objective"},
     "advantages": {"tokens"},
     "rewards": {"tokens"},
     "data": {"tokens"},

@@ -15,6 +15,7 @@ from test_operators import DTYPES, OPTIONS, check_accurate, check_exact, check_f
 from test_regimes import check_confident, check_offset, check_regime
 
 import fastrl.losses.kl
+import fastrl.losses.margin
 import fastrl.losses.policy
 import fastrl.losses.preference
 import fastrl.objective
@@ -390,7 +391,7 @@ def entropy_bonus_with_the_wrong_sign(patch):
 
 @mutant(paper("dpo"))
 def chosen_and_rejected_swapped(patch):
-    wrap(patch, fastrl.losses.preference, "pairs", lambda f: lambda x: f(x)[::-1])
+    wrap(patch, fastrl.losses.margin, "pairs", lambda f: lambda x: f(x)[::-1])
 
 
 @mutant(paper("dpo", 1))

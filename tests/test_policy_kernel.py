@@ -241,12 +241,12 @@ class OwnCall(losses.policy.PPOClip):
         return 2 * super().__call__(stats, batch)
 
 
-class OwnLoss(losses.policy.DAPO):
+class OwnLoss(losses.DAPO):
     def policy_loss(self, stats, batch):
         return -batch.token_advantages * stats.logprobs
 
 
-class OwnBounds(losses.policy.GRPO):
+class OwnBounds(losses.GRPO):
     def bounds(self, d, advantages):
         above, below, dual = super().bounds(d, advantages)
         return below, above, dual

@@ -241,7 +241,7 @@ def test_a_file_without_the_function(tmp_path):
     file.write_text("def good(): pass\n")
     with pytest.raises(RewardError, match=r"no function 'bad'; it has \['good'\]"):
         resolve(f"{file}:bad")
-    with pytest.raises(RewardError, match="reward models are not supported yet"):
+    with pytest.raises(RewardError, match="a trainer opens reward models"):
         resolve(str(tmp_path))
 
 

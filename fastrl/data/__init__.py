@@ -4,7 +4,7 @@ from fastrl.data.formats import Format, detect
 from fastrl.data.load import Rows, load
 from fastrl.data.packing import collate, pack
 from fastrl.data.sampler import IndexSampler
-from fastrl.data.tokenize import Limits, encode_dpo, encode_prompts, encode_sft
+from fastrl.data.tokenize import Limits, encode_dpo, encode_kto, encode_prompts, encode_sft
 from fastrl.data.types import DataError, Dropped, Prompt, Report, Sample
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "collate",
     "detect",
     "encode_dpo",
+    "encode_kto",
     "encode_prompts",
     "encode_sft",
     "load",

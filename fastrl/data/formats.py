@@ -5,7 +5,7 @@
     messages              messages                         sft
     prompt_completion     prompt, completion               sft, grpo (the prompts)
     prompt                prompt (+ any)                   grpo
-    preference            (prompt,) chosen, rejected       dpo
+    preference            (prompt,) chosen, rejected       dpo, kto (one answer desirable, one not)
     unpaired_preference   prompt, completion, label        kto
 
 Each of these columns is a string or a list of {"role", "content"} messages. Other columns go to the reward functions.
@@ -23,7 +23,7 @@ EXPECTED = {
     "sft": ("text", "messages", "prompt, completion"),
     "dpo": ("prompt, chosen, rejected", "chosen, rejected"),
     "grpo": ("prompt",),
-    "kto": ("prompt, completion, label",),
+    "kto": ("prompt, completion, label", "prompt, chosen, rejected"),
 }
 WRITTEN = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 _SIGNS = (
@@ -38,7 +38,7 @@ _STAGE_KINDS = {
     "sft": ("prompt_completion", "messages", "text"),
     "dpo": ("preference",),
     "grpo": ("prompt",),
-    "kto": ("unpaired_preference",),
+    "kto": ("unpaired_preference", "preference"),
 }
 
 

@@ -49,7 +49,7 @@ class Limits:
         return min(known) if known else None
 
 
-# -- the three stages --------------------------------------------------------------------------------------------
+# -- the stages --------------------------------------------------------------------------------------------------
 def encode_sft(
     rows: Rows | Sequence[dict],
     tokenizer: Any,
@@ -103,6 +103,27 @@ def encode_dpo(
         report.moved_boundaries += any(moved for _, _, moved, _ in parts)
         pair = [_sample(ids, [t >= start for t in range(len(ids))], {"row": i}) for ids, _, _, _ in parts]
         samples += _fit(pair, where, limits, report)
+    return samples, _accept(report, limits, samples)
+
+
+def encode_kto(
+    rows: Rows | Sequence[dict], tokenizer: Any, limits: Limits | None = None
+) -> tuple[list[Sample], Report]:
+    """Samples with a field "label" (True: desirable), of `prompt` + `completion` + `label` rows, one each, or of
+    preference rows, two each: chosen True, then rejected False.
+
+    Raises DataError as `encode_sft`.
+    """
+    limits = limits or Limits()
+    table, form = _prepare(rows, tokenizer, "kto")
+    paired = form.kind == "preference"
+    report, samples = Report(total=len(table) * (2 if paired else 1)), []
+    for i, (where, parts) in enumerate(_sequences(table, tokenizer, form)):
+        labels = (True, False) if paired else (bool(table.normal(i)["label"]),)
+        for (ids, start, moved, _), label in zip(parts, labels, strict=True):
+            report.moved_boundaries += moved
+            sample = _sample(ids, [t >= start for t in range(len(ids))], {"row": i, "label": label})
+            samples += _fit([sample], where, limits, report)
     return samples, _accept(report, limits, samples)
 
 

@@ -1,6 +1,17 @@
 """Per-token KL estimators between the policy and a reference, and exponentials that cannot overflow.
 
-D = log pi(y) - log pi_ref(y) at the sampled token. Schulman 2020, "Approximating KL divergence".
+D = log pi(y) - log pi_ref(y) at the sampled token, d = log pi(y) - log pi_old(y). Schulman 2020, "Approximating KL
+divergence". In the mean over tokens of the policy, k1 and k3 estimate KL(pi || ref); what their gradients estimate is
+another matter, and the one that counts in a loss:
+
+    kind        value             dvalue/dlogp     which is, on policy
+    k1          D                 1                nothing: noise of mean zero (warned about)
+    k2          D^2 / 2           D                the reverse KL's gradient
+    k3          e^-D - 1 + D      1 - e^-D         the forward KL's gradient (GRPO's and TRL's choice)
+    abs         |D|               sign D           that of |D|
+    k1+ k3+ abs+  as without +    D                the value of one, the gradient of k2 (straight through)
+    is_k1       r D               r (D + 1)        the reverse KL's, off policy too (r = e^d weighs by importance)
+    is_k3       r (e^-D - 1 + D)  r D              the same with less variance (DeepSeek-V3.2, arXiv:2512.02556, eq. 7)
 """
 
 from __future__ import annotations
@@ -9,7 +20,10 @@ import torch
 from torch import Tensor
 
 LINEAR_FROM = 40.0  # e^40 = 2.4e17: past this point exp goes on as its tangent
-KINDS = ("k1", "k2", "k3")
+PLAIN = ("k1", "k2", "k3", "abs")
+STRAIGHT_THROUGH = ("k1+", "k3+", "abs+")
+CORRECTED = ("is_k1", "is_k3")
+KINDS = (*PLAIN, *STRAIGHT_THROUGH, *CORRECTED)
 
 
 def safe_exp(x: Tensor) -> Tensor:
@@ -37,11 +51,9 @@ def exp_above_tangent(x: Tensor) -> Tensor:
 
 
 def kl_estimate(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """[T] estimate of KL(pi || ref) at each sampled token, differentiable in logprobs.
+    """[T] estimate of KL(pi || ref) at each sampled token, differentiable in logprobs; kinds without importance weight.
 
-    k1  D                    unbiased value; its gradient is noise with mean zero: use it in the reward, not the loss
-    k2  D^2 / 2              gradient D: on policy, that of the reverse KL
-    k3  e^-D - 1 + D         unbiased, >= 0; gradient 1 - e^-D: on policy, that of the forward KL (TRL's, GRPO's choice)
+    Raises: ValueError for an unknown kind, or one that needs the sampling policy (see kl_corrected).
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -50,4 +62,23 @@ def kl_estimate(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return 0.5 * d.square()
     if kind == "k3":
         return exp_above_tangent(-d)
-    raise ValueError(f"kl is {kind!r}; expected one of {', '.join(KINDS)}")
+    if kind == "abs":
+        return d.abs()
+    if kind in STRAIGHT_THROUGH:
+        value, k2 = kl_estimate(kind[:-1], logprobs, ref_logprobs).detach(), 0.5 * d.square()
+        return value + (k2 - k2.detach())
+    raise ValueError(f"kl is {kind!r}; expected one of {', '.join((*PLAIN, *STRAIGHT_THROUGH))}")
+
+
+def kl_corrected(kind: str, logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """[T] r times k1 or k3, r = pi / old with its gradient; old None: r is 1, with the gradient that it has there."""
+    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    ratio, d = safe_exp(logprobs - old), logprobs - ref_logprobs
+    if kind == "is_k1":
+        return ratio * d
+    if kind != "is_k3":
+        raise ValueError(f"kl is {kind!r}; expected one of {', '.join(CORRECTED)}")
+    # r e^-D = ref / old is a constant: apart from r it cannot overflow where r (e^-D) would, and has no gradient.
+    small = d.abs() < 0.5
+    near = ratio * exp_above_tangent(torch.where(small, -d, torch.zeros_like(d)))
+    return torch.where(small, near, safe_exp(ref_logprobs - old) + ratio * (d - 1))

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fastrl.objective import LossOutput, Objective, mean_metrics, unit_weights, value_of
 from fastrl.ops import dispatch
-from fastrl.ops.fused import How, run_fused
+from fastrl.ops.fused import How, alone, run_fused
 from fastrl.ops.head import HeadSpec, accumulation_dtype
 from fastrl.ops.once import no_second_derivative
 from fastrl.tokens import STAT_NAMES, TokenBatch, TokenStats, compact
 
-FIELDS = tuple(f.name for f in dataclasses.fields(TokenBatch))
+TABLES = ("per_token", "per_sequence")  # fields that are tables of tensors by name
+FIELDS = tuple(f.name for f in dataclasses.fields(TokenBatch) if f.name not in (*TABLES, "prepared_for"))
 PER_SEQUENCE = ("labels", "group_ids", "rewards", "group_tokens")
 NUMBERS = ("num_tokens", "num_sequences", "num_groups")
 
@@ -36,6 +37,7 @@ def has(name: str) -> bool:
 @dataclass(frozen=True)
 class Job:
     """kinds: of each field of TokenBatch, its dtype, "number" for a Python number, or None where it is absent.
+    extras: (table, name, kind) of each entry of its tables. prepared: the columns of the whole step are among them.
 
     loss: dtype of the loss. metrics: (name, dtype) of each.
     """
@@ -43,7 +45,9 @@ class Job:
     objective: Objective
     how: How
     debug_checks: bool
+    prepared: bool
     kinds: tuple
+    extras: tuple
     loss: torch.dtype
     metrics: tuple
 
@@ -102,15 +106,19 @@ def _index(thing) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _key(objective: int, how: int, debug_checks: bool, precision: torch.dtype, *kinds) -> str:
-    """Registers the job. The key tells all that shapes the op's outputs, for graphs cached across processes."""
+def _key(objective: int, how: int, debug_checks: bool, prepared: bool, precision: torch.dtype, *kinds) -> str:
+    """Registers the job. The key tells all that shapes the op's outputs, for graphs cached across processes.
+
+    kinds: those of FIELDS, then table, name and kind of each entry of the tables.
+    """
     law, options = _THINGS[objective], _THINGS[how]
-    loss, metrics = _probe(law, options, precision, kinds)
+    kinds, rest = kinds[: len(FIELDS)], kinds[len(FIELDS) :]
+    extras = tuple(zip(rest[0::3], rest[1::3], rest[2::3], strict=True))
+    loss, metrics = _probe(law, options, precision, kinds, extras)
     parts = ",".join(f"{name}:{dtype}" for name, dtype in metrics)
-    key = (
-        f"{getattr(law, '__qualname__', repr(law))} {options} {debug_checks} {kinds} {loss} {parts} #{objective} #{how}"
-    )
-    JOBS[key] = Job(law, options, debug_checks, kinds, loss, metrics)
+    name = getattr(law, "__qualname__", repr(law))
+    key = f"{name} {options} {debug_checks} {kinds} {extras} {prepared} {loss} {parts} #{objective} #{how}"
+    JOBS[key] = Job(law, options, debug_checks, prepared, kinds, extras, loss, metrics)
     return key
 
 
@@ -124,7 +132,9 @@ def _metric_dtype(key: str, i: int) -> torch.dtype:
     return JOBS[key].metrics[i][1]
 
 
-def _probe(objective: Objective, how: How, precision: torch.dtype, kinds: tuple) -> tuple[torch.dtype, tuple]:
+def _probe(
+    objective: Objective, how: How, precision: torch.dtype, kinds: tuple, extras: tuple
+) -> tuple[torch.dtype, tuple]:
     """(dtype of the loss, (name, dtype) of each metric): asked of two sequences of one token each, made up here."""
     fields = {}
     for name, kind in zip(FIELDS, kinds, strict=True):
@@ -132,16 +142,26 @@ def _probe(objective: Objective, how: How, precision: torch.dtype, kinds: tuple)
         made = 2 if kind == "number" else None if kind is None else torch.ones(shape, dtype=kind)
         fields[name] = made
     fields["cu_seqlens"] = torch.arange(3, dtype=fields["cu_seqlens"].dtype)
-    batch, _ = compact(TokenBatch(**fields), how.ignore_index)
+    made = [torch.ones(2, dtype=kind) for *_, kind in extras]
+    batch, _ = compact(TokenBatch(**fields, **_tables(extras, made)), how.ignore_index)
     stats = TokenStats()
     for name in how.names:
         dtype = torch.bool if name == "is_argmax" else precision
         setattr(stats, name, torch.full((2,), -0.5 if name == "logprobs" else 0.5).to(dtype))
     with torch.no_grad(), _autograd_keys():
+        batch = alone(objective, batch, stats)
         weights = unit_weights(objective, batch, how.aggregate)
         value = value_of(objective, stats, batch, weights.shape[0] if weights.dim() else None)
         metrics = mean_metrics(objective, stats, batch)
     return value.dtype, tuple((name, x.dtype) for name, x in metrics.items())
+
+
+def _tables(extras: tuple, values: list) -> dict[str, dict]:
+    """The tables of a TokenBatch again, from their entries one after the other."""
+    made: dict[str, dict] = {table: {} for table in TABLES}
+    for (table, name, _), x in zip(extras, values, strict=True):
+        made[table][name] = x
+    return made
 
 
 # -- the op ----------------------------------------------------------------------------------------------------------
@@ -160,19 +180,21 @@ def _autograd_keys():
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? temperatures, "
     + ", ".join(f"Tensor? {name}" for name in FIELDS)
-    + ", str key, float logit_scale, float? softcap, float temperature, bool need_hidden, bool need_weight, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    + ", Tensor[] extras, str key, float logit_scale, float? softcap, float temperature, bool need_hidden, "
+    f"bool need_weight, bool need_bias) -> ({', '.join(['Tensor'] * 10)})",
 )
 def fused_loss_op(hidden, weight, bias, temperatures, *rest):
     """(loss, metrics [M] float64, the five statistics [T], dH, dW, db); what is not asked for is empty."""
-    tensors, (key, scale, softcap, temperature, *needs) = rest[: len(FIELDS)], rest[len(FIELDS) :]
+    tensors, (extras, key, scale, softcap, temperature, *needs) = rest[: len(FIELDS)], rest[len(FIELDS) :]
     job = JOBS[key]
     leaves = [None if x is None else x.detach() for x in (hidden, weight, bias)]
     wanted = [x.requires_grad_() for x, need in zip(leaves, needs, strict=True) if need]
     fields = {n: x.item() if kind == "number" else x for n, x, kind in zip(FIELDS, tensors, job.kinds, strict=True)}
     head = HeadSpec(leaves[1], leaves[2], scale, softcap, temperature if temperatures is None else temperatures)
     with _autograd_keys(), torch.set_grad_enabled(bool(wanted)):
-        out = run_fused(job.objective, leaves[0], head, TokenBatch(**fields), job.how, job.debug_checks)
+        given = job.objective if job.prepared else None
+        batch = TokenBatch(**fields, **_tables(job.extras, extras), prepared_for=given)
+        out = run_fused(job.objective, leaves[0], head, batch, job.how, job.debug_checks)
         attached = out.loss.requires_grad
         grads = torch.autograd.grad(out.loss, wanted, allow_unused=True) if attached else [None] * len(wanted)
     empty, grads = hidden.new_empty(0), iter(grads)
@@ -188,7 +210,7 @@ def fused_loss_op(hidden, weight, bias, temperatures, *rest):
 
 @fused_loss_op.register_fake
 def _(hidden, weight, bias, temperatures, *rest):
-    key, _, _, _, *needs = rest[len(FIELDS) :]
+    _, key, _, _, _, *needs = rest[len(FIELDS) :]
     job, t, empty = JOBS[key], hidden.shape[0], lambda: hidden.new_empty(0)
     made = [hidden.new_empty((), dtype=job.loss), hidden.new_empty(len(job.metrics), dtype=torch.float64)]
     for name in STAT_NAMES:
@@ -200,23 +222,28 @@ def _(hidden, weight, bias, temperatures, *rest):
 
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[-3:])
-    ctx.inputs = len(inputs)
+    extras = 4 + len(FIELDS)
+    ctx.rest = [None] * (extras - 3), [None] * len(inputs[extras]), [None] * (len(inputs) - extras - 1)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
 
 @no_second_derivative
 def _backward(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * ctx.inputs
-    needs = ctx.needs_input_grad[:3]
-    # 0-dim: the dtype of g stays.
-    grads = (g * upstream if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True))
-    return (*grads, *(None,) * (ctx.inputs - 3))
+    before, extras, after = ctx.rest
+    grads = [None] * 3
+    if upstream is not None:  # 0-dim: the dtype of g stays.
+        needs = ctx.needs_input_grad[:3]
+        grads = [g * upstream if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
+    return (*grads, *before, extras, *after)
 
 
 fused_loss_op.register_autograd(_backward, setup_context=_setup)
 _call = torch.ops.fastrl.fused_loss
+
+
+def _kind(x) -> torch.dtype | str | None:
+    return None if x is None else x.dtype if isinstance(x, Tensor) else "number"
 
 
 # -- the door --------------------------------------------------------------------------------------------------------
@@ -226,15 +253,18 @@ def fused_loss(
     """fused_loss of checked inputs, as torch.compile traces it."""
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
     fields = [getattr(batch, name) for name in FIELDS]
-    kinds = [None if x is None else x.dtype if isinstance(x, Tensor) else "number" for x in fields]
+    extras = [(table, name, x) for table in TABLES for name, x in getattr(batch, table).items()]
+    kinds = [_kind(x) for x in fields]
+    for table, name, x in extras:
+        kinds += [table, name, x.dtype]
     # Numbers stay on the host: reading them there waits for nothing.
-    tensors = [
-        torch.full((), x, dtype=torch.float64) if k == "number" else x for x, k in zip(fields, kinds, strict=True)
-    ]
+    tensors = [torch.full((), x, dtype=torch.float64) if _kind(x) == "number" else x for x in fields]
+    more = [x for *_, x in extras]
     per_token = isinstance(head.temperature, Tensor)
-    key = _key(_index(objective), _index(how), debug_checks, accumulation_dtype(hidden.dtype), *kinds)
+    prepared = batch.prepared_for is not None
+    key = _key(_index(objective), _index(how), debug_checks, prepared, accumulation_dtype(hidden.dtype), *kinds)
     loss, metrics, *rest = _call(
-        hidden, head.weight, head.bias, head.temperature if per_token else None, *tensors,
+        hidden, head.weight, head.bias, head.temperature if per_token else None, *tensors, more,
         key, head.logit_scale, head.softcap, 1.0 if per_token else float(head.temperature), *needs,
     )  # fmt: skip
     names = [n for n in _metric_names(key).split("\n") if n]

@@ -23,21 +23,25 @@ from fastrl.ops.head import HeadSpec, accumulation_dtype
 from fastrl.ops.once import no_second_derivative
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
+MIXTURES = ("mixed", "skew_forward_kl", "skew_reverse_kl")  # for fused_loss; the torch backend and the reference alone
 _MODULES = {"torch": "fastrl.ops.divergence_torch", "triton": "fastrl.ops.divergence_triton"}
 
 
 @dataclass(frozen=True)
 class Law:
-    """Which divergence; beta is read by jsd alone."""
+    """Which divergence; beta is read by jsd and by MIXTURES (fastrl.objective.Divergence says what it is there)."""
 
     kind: str
     beta: float = 0.5
 
     @property
     def bound(self) -> float:
-        """The largest value it can take: -b log b - (1-b) log(1-b) for jsd, 1 for tvd, none for the KLs."""
+        """The largest value it can take: -b log b - (1-b) log(1-b) for jsd, 1 for tvd, for the skew KLs minus the log
+        of a distribution's share in its mixture, none for the KLs."""
         if self.kind == "jsd":
             return -self.beta * math.log(self.beta) - (1 - self.beta) * math.log1p(-self.beta)
+        if self.kind in ("skew_forward_kl", "skew_reverse_kl"):
+            return -math.log(self.beta if self.kind == "skew_forward_kl" else 1 - self.beta)
         return 1.0 if self.kind == "tvd" else math.inf
 
 

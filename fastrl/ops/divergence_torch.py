@@ -64,6 +64,8 @@ def block(law: Law, raw: Tensor, other: Tensor, head: HeadSpec, other_head: Head
     made, g = _terms(law, p, q, ratio, shrink, gap)
     if weights is not None:
         _dlogits(p, gap if g is None else None, g, top, out=raw)
+        if law.kind == "mixed":  # beta KL(q||p) + (1 - beta) KL(p||q)
+            raw.mul_(1 - law.beta).add_(gap, alpha=law.beta)
         raw.mul_((weights * (head.logit_scale / head.temperature)).unsqueeze(1))
         if slope is not None:
             raw.mul_(slope)
@@ -79,6 +81,9 @@ def _terms(law: Law, p: Tensor, q: Tensor, ratio: Tensor, shrink: Tensor, gap: T
         return _times(p, ratio).sub_(gap), ratio
     if law.kind == "tvd":
         return gap.abs() / 2, gap.sign() / 2
+    if law.kind == "mixed":
+        forward, backward = _times(q, -ratio).add_(gap), _times(p, ratio).sub_(gap)
+        return law.beta * forward + (1 - law.beta) * backward, ratio
     # m = b q + (1-b) p. Where p >= q, log p/m is taken straight; elsewhere log q/m; the other lies log p/q apart.
     beta, above = law.beta, ratio >= 0
     lost = torch.where(above, beta * shrink, (1 - beta) * shrink)  # m / max(p, q) - 1, good while it is small
@@ -87,6 +92,11 @@ def _terms(law: Law, p: Tensor, q: Tensor, ratio: Tensor, shrink: Tensor, gap: T
     own = torch.where(lost > -0.5, lost.log1p(), whole.log()).neg_()
     p_to_m = torch.where(above, own, own + ratio)
     q_to_m = torch.where(above, own - ratio, own)
+    if law.kind == "skew_forward_kl":
+        # sum q log(q/m) = sum (q log(q/m) + m - q), every term >= 0, with m - q = (1-b) (p - q).
+        return q * q_to_m + (1 - beta) * gap, q_to_m.exp().mul_(beta - 1)
+    if law.kind == "skew_reverse_kl":
+        return p * p_to_m - beta * gap, p_to_m - (1 - beta) * p_to_m.exp()
     return (1 - beta) * p * p_to_m + beta * q * q_to_m, p_to_m.mul_(1 - beta)
 
 

@@ -21,9 +21,12 @@ from torch import Tensor
 from fastrl.objective import (
     LossOutput,
     Objective,
+    is_prepared,
     mean_metrics,
     outputs_of,
+    prepared,
     scope_of,
+    unit_of,
     unit_weights,
     value_of,
     weighted_sum,
@@ -31,11 +34,12 @@ from fastrl.objective import (
 from fastrl.ops import dispatch, policy_kernel
 from fastrl.ops.checks import autocast_off, check_inputs, check_targets, head_spec, settle_dtypes
 from fastrl.ops.custom import DIFFERENTIABLE
+from fastrl.ops.distill import Heads, Sides, Teacher, side_statistics, teacher_side
 from fastrl.ops.head import Coefs, HeadSpec, Plan
 from fastrl.ops.linear import head_statistics
 from fastrl.ops.once import no_second_derivative
 from fastrl.ops.shard import shard_of
-from fastrl.tokens import TokenBatch, TokenStats, compact
+from fastrl.tokens import SIDE_NAMES, STAT_NAMES, TokenBatch, TokenStats, compact
 
 
 def fused_loss(
@@ -45,6 +49,7 @@ def fused_loss(
     batch: TokenBatch,
     bias: Tensor | None = None,
     *,
+    teacher: Teacher | None = None,
     aggregate=None,
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
@@ -65,6 +70,8 @@ def fused_loss(
         hidden: [T, H]; hidden[t] predicts batch.targets[t]. weight: [V, H]. bias: [V] or None.
         batch: TokenBatch; rows with mask False or target ignore_index are dropped before anything is computed, so
             nothing in them can reach the loss, and they cost nothing.
+        teacher: the other head of a distillation loss, fastrl.Teacher(hidden [T, H'], weight [V, H'], ...), rows as the
+            batch's; those that are not trained are dropped before both heads. Logits of neither are formed.
         aggregate: None (the objective's own), one of fastrl.objective.AGGREGATES, or batch -> [T] weights.
         outputs: extra statistics to return in .stats and .metrics ("entropy", "is_argmax", ...).
         strategy: None or "one_pass" (gradients in the forward), "two_pass" or "cached", as in linear_logprobs.
@@ -87,6 +94,8 @@ def fused_loss(
     head = head_spec(weight, bias, temperature, logit_scale, softcap, hidden)
     how = How(names, backend, strategy, workspace_bytes, aggregate, ignore_index, skip_inert, process_group)
     dispatch.loss_strategy(strategy)
+    if teacher is not None or any(n in SIDE_NAMES for n in names):  # torch.compile breaks its graph here
+        return _run_with_sides(objective, hidden, head, batch, how, debug_checks, teacher)
     if torch.compiler.is_compiling():
         from fastrl.ops import compiled
 
@@ -109,17 +118,32 @@ class How:
 
 
 def run_fused(
-    objective: Objective, hidden: Tensor, head: HeadSpec, batch: TokenBatch, how: How, debug_checks: bool = False
+    objective: Objective,
+    hidden: Tensor,
+    head: HeadSpec,
+    batch: TokenBatch,
+    how: How,
+    debug_checks: bool = False,
+    teacher: Teacher | None = None,
 ) -> LossOutput:
     """fused_loss of checked inputs."""
+    if teacher is not None and "divergence" not in how.names:
+        raise ValueError(f"{type(objective).__name__} reads no divergence; drop teacher= or use a distillation loss")
     shard = shard_of(how.process_group, head.weight)
+    other = teacher_side(teacher, hidden, head, None)
     kept, rows = compact(batch, how.ignore_index)
+    kept = alone(objective, kept)
     weights = unit_weights(objective, kept, how.aggregate)
     if how.skip_inert and scope_of(objective) == "token" and (inert := getattr(objective, "inert", None)):
         kept, rows, weights = _drop(inert(kept), kept, rows, weights)
+    names = tuple(n for n in how.names if n in STAT_NAMES)
+    names = tuple(dict.fromkeys(("logprobs", *names))) if names else ()  # the walk makes them whatever it is asked for
     vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
     check_targets(kept.targets, rows, vocabulary, debug_checks)
-    h, head = (hidden, head) if rows is None else (hidden[rows], head.at_rows(rows))
+    if rows is None:
+        h = hidden
+    else:
+        h, head, other = hidden[rows], head.at_rows(rows), None if other is None else other.at_rows(rows)
     name = dispatch.pick(how.backend, hidden, native=True, group=shard is not None)
     wanted = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)
@@ -127,21 +151,42 @@ def run_fused(
     # Ranks must agree on it, whatever number of words each of them has.
     budget = dispatch.workspace(how.workspace_bytes, hidden, vocabulary if shard is None else 0)
     one_pass = dispatch.loss_strategy(how.strategy) == "one_pass" and name != "reference" and h.shape[0] > 0
-    if wanted and one_pass:
+    if shard is not None and any(n in SIDE_NAMES for n in how.names):
+        raise ValueError("process_group= takes no teacher and no label smoothing: their words lie on several ranks")
+    sides = side_statistics(objective, how.names, kept, weights, Heads(h, head, other, name, budget))
+    if wanted and one_pass and names:
         plan = Plan(budget, shard=shard)
-        law = _Law(objective, kept, weights, _units(objective, kept), name)
+        law = _Law(objective, kept, weights, _units(objective, kept), name, sides)
         stats = TokenStats()
-        loss = _OnePass.apply(h, head.weight, head.bias, head, (name, how.names, plan), law, stats)
+        loss = _OnePass.apply(h, head.weight, head.bias, head, (name, names, plan), law, stats)
+        loss, stats = sides.pull(loss), dataclasses.replace(stats, **sides.stats).detach()
     else:
-        strategy = how.strategy if wanted and how.strategy != "one_pass" else None
-        stats = head_statistics(
-            head, h, kept.targets, how.names, backend=how.backend, strategy=strategy,
-            workspace_bytes=budget, ignore_index=how.ignore_index, process_group=how.process_group,
-        )  # fmt: skip
-        loss = apply_law(objective, stats, kept, weights)
+        stats = TokenStats(**sides.stats)
+        if names:
+            strategy = how.strategy if wanted and how.strategy != "one_pass" else None
+            made = head_statistics(
+                head, h, kept.targets, names, backend=how.backend, strategy=strategy,
+                workspace_bytes=budget, ignore_index=how.ignore_index, process_group=how.process_group,
+            )  # fmt: skip
+            stats = dataclasses.replace(made, **sides.stats)
+        kept = alone(objective, kept, stats)
+        loss = sides.pull(apply_law(objective, stats, kept, weights))
         stats = stats.detach()
-    metrics = mean_metrics(objective, stats, kept)
+    metrics = mean_metrics(objective, stats, alone(objective, kept, stats))
     return LossOutput(loss, metrics, _uncompact(stats, rows, batch.targets.shape[0]))
+
+
+_run_with_sides = torch.compiler.disable(run_fused)
+
+
+def alone(objective: Objective, batch: TokenBatch, stats: TokenStats | None = None) -> TokenBatch:
+    """A compact batch that nobody prepared is the whole step: with the columns that the objective takes from it.
+
+    An objective that `needs_scores` gets them once `stats` are there (it is called with the whole batch, scope batch).
+    """
+    if is_prepared(objective, batch) or (stats is None and getattr(objective, "needs_scores", False)):
+        return batch
+    return prepared(objective, [batch], None if stats is None else [stats.detach()])[0]
 
 
 def _drop(inert: Tensor | None, batch: TokenBatch, rows: Tensor | None, weights: Tensor):
@@ -189,6 +234,7 @@ def loss_from_logprobs(
         raise ValueError(f"objective reads {missing[0]!r}, which stats lacks; pass a TokenStats that has it")
     kept, rows = compact(batch, ignore_index)
     own = stats if rows is None else stats.map(lambda x: x[rows])
+    kept = alone(objective, kept, own)
     loss = apply_law(objective, own, kept, unit_weights(objective, kept, aggregate))
     own = own.detach()
     return LossOutput(loss, mean_metrics(objective, own, kept), _uncompact(own, rows, batch.targets.shape[0]))
@@ -198,43 +244,68 @@ def apply_law(objective: Objective, stats: TokenStats, batch: TokenBatch, weight
     """sum of weight * value, attached to the graph of `stats` even when there is nothing to sum."""
     units = weights.shape[0] if weights.dim() else None
     loss = weighted_sum(value_of(objective, stats, batch, units), weights)
-    return loss + stats.logprobs.sum() * 0 if stats.logprobs.shape[0] == 0 else loss
+    if batch.targets.shape[0]:
+        return loss
+    return loss + sum(x.sum() * 0 for n in ("logprobs", *SIDE_NAMES) if (x := getattr(stats, n)) is not None)
 
 
 class _Law:
     """Objective, compact batch and weights, asked for one piece of rows after another, in order."""
 
     def __init__(
-        self, objective: Objective, batch: TokenBatch, weights: Tensor, units: list[int] | None, backend: str
+        self,
+        objective: Objective,
+        batch: TokenBatch,
+        weights: Tensor,
+        units: list[int] | None,
+        backend: str,
+        sides: Sides | None = None,
     ):
         if units is None and batch.advantages is not None:
             batch = dataclasses.replace(batch, advantages=batch.token_advantages)
         if scope_of(objective) == "sequence":  # pieces may part the two sequences of a pair
             batch = dataclasses.replace(batch, margins=None)
         self.objective, self.batch, self.weights, self.units = objective, batch, weights, units
-        self.by_kernel = backend == "triton" and units is None
+        self.by_kernel = backend == "triton" and units is None and unit_of(objective) == "token"
         self.next_unit = 0
         self.values: list[Tensor] = []
+        self.sides = sides if sides is not None and sides.stats else None
 
     def coefficients(self, start: int, stop: int, stats: TokenStats) -> Coefs:
         """Of rows [start, stop): whole units, empty ones at their end among them."""
-        value, coefs = self._evaluate(*self._part(start, stop), stats)
+        batch, weights = self._part(start, stop)
+        if self.sides is None:
+            value, coefs = self._evaluate(batch, weights, stats)
+        else:
+            leaves = self.sides.leaves(start, stop)
+            stats = dataclasses.replace(stats, **leaves)
+            value, coefs, grads = _coefficients(self.objective, stats, alone(self.objective, batch, stats), weights)
+            self.sides.take(start, stop, grads)
         self.values.append(value)
         return coefs
 
     def _part(self, start: int, stop: int) -> tuple[TokenBatch, Tensor]:
         if self.units is None:
-            return self.batch.window(start, stop), self.weights[start:stop]
+            weights = self.weights[start:stop] if self.weights.dim() else self.weights
+            return self.batch.window(start, stop), weights
         if scope_of(self.objective) in ("group", "batch"):
             return self.batch, self.weights
         a, b = self.next_unit, bisect.bisect_right(self.units, stop) - 1
         self.next_unit = b
-        each = 2 if scope_of(self.objective) == "pair" else 1
-        return self.batch.sequences(each * a, each * b, start, stop), self.weights[a:b]
+        each, unit = 2 if scope_of(self.objective) == "pair" else 1, unit_of(self.objective)
+        if unit == "total":
+            weights = self.weights
+        elif unit == "token":
+            weights = self.weights[start:stop]
+        else:  # of a pair's own sequences, or one for each unit
+            finer = each if unit == "sequence" else 1
+            weights = self.weights[finer * a : finer * b]
+        return self.batch.sequences(each * a, each * b, start, stop), weights
 
     def _evaluate(self, batch: TokenBatch, weights: Tensor, stats: TokenStats) -> tuple[Tensor, Coefs]:
+        batch = alone(self.objective, batch, stats)
         made = policy_kernel.coefficients(self.objective, stats, batch, weights) if self.by_kernel else None
-        return _coefficients(self.objective, stats, batch, weights) if made is None else made
+        return _coefficients(self.objective, stats, batch, weights)[:2] if made is None else made
 
     def total(self) -> Tensor:
         return torch.stack(self.values).sum()
@@ -266,19 +337,21 @@ class _OnePass(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _coefficients(objective: Objective, stats: TokenStats, batch: TokenBatch, weights: Tensor) -> tuple[Tensor, Coefs]:
-    """Loss of these rows and its derivative in each differentiable statistic."""
+def _coefficients(objective: Objective, stats: TokenStats, batch: TokenBatch, weights: Tensor):
+    """(loss of these rows, its derivative in each differentiable statistic, the same of the sides by name)."""
     leaves = {n: x.detach().requires_grad_() for n in DIFFERENTIABLE if (x := getattr(stats, n)) is not None}
-    own = TokenStats(log_sum_sq_probs=stats.log_sum_sq_probs, is_argmax=stats.is_argmax, **leaves)
+    sides = {n: x for n in SIDE_NAMES if (x := getattr(stats, n)) is not None and x.requires_grad}
+    own = dataclasses.replace(stats, **leaves)
     with torch.enable_grad():
         units = weights.shape[0] if weights.dim() else None
         value = weighted_sum(value_of(objective, own, batch, units), weights)
         if not value.requires_grad:
-            return value.detach(), Coefs(logprobs=torch.zeros_like(stats.logprobs))
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    coefs = Coefs(**dict(zip(leaves, grads, strict=True)))
-    return value.detach(), coefs if coefs.present() else Coefs(logprobs=torch.zeros_like(stats.logprobs))
+            return value.detach(), Coefs(logprobs=torch.zeros_like(next(iter(leaves.values())))), {}
+        grads = torch.autograd.grad(value, [*leaves.values(), *sides.values()], allow_unused=True)
+    coefs = Coefs(**dict(zip(leaves, grads, strict=False)))
+    coefs = coefs if coefs.present() else Coefs(logprobs=torch.zeros_like(next(iter(leaves.values()))))
+    return value.detach(), coefs, dict(zip(sides, grads[len(leaves) :], strict=True))
 
 
 def _uncompact(stats: TokenStats, rows: Tensor | None, length: int) -> TokenStats:
-    return stats if rows is None else stats.map(lambda x: x.new_zeros(length).index_copy(0, rows, x))
+    return stats if rows is None else stats.map(lambda x: x.new_zeros(length, *x.shape[1:]).index_copy(0, rows, x))

@@ -23,7 +23,7 @@ def no_second_derivative(backward: Callable) -> Callable:
         if not torch.is_grad_enabled():
             return grads
         anchor = torch.zeros((), requires_grad=True)
-        return tuple(None if g is None else _Refuse.apply(g, anchor) for g in grads)
+        return tuple(_Refuse.apply(g, anchor) if isinstance(g, Tensor) else g for g in grads)
 
     return wrapped
 

@@ -54,7 +54,8 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5) -
     """[N] divergence of p = softmax(student) from q = softmax(teacher), both logits [N, V]; kinds as linear_divergence.
 
     forward_kl sum q log(q/p); reverse_kl sum p log(p/q); tvd sum |p - q| / 2; jsd beta KL(q||m) + (1-beta) KL(p||m)
-    with m = beta q + (1-beta) p (Agarwal et al. 2024, eq. 1). A word of probability zero adds nothing: 0 log 0 = 0.
+    with m = beta q + (1-beta) p (Agarwal et al. 2024, eq. 1); mixed beta KL(q||p) + (1-beta) KL(p||q); skew_forward_kl
+    KL(q||m), skew_reverse_kl KL(p||m). A word of probability zero adds nothing: 0 log 0 = 0.
     """
     a, b = torch.log_softmax(student, dim=-1), torch.log_softmax(teacher.detach(), dim=-1)
     if kind == "tvd":
@@ -63,8 +64,12 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5) -
         return _kl(b, a)
     if kind == "reverse_kl":
         return _kl(a, b)
+    if kind == "mixed":
+        return beta * _kl(b, a) + (1 - beta) * _kl(a, b)
     floor = torch.finfo(a.dtype).min  # logaddexp(-inf, -inf) has no gradient
     low = torch.logaddexp(b.clamp(min=floor) + math.log(beta), a.clamp(min=floor) + math.log1p(-beta))
+    if kind.startswith("skew"):
+        return _kl(b, low) if kind == "skew_forward_kl" else _kl(a, low)
     return beta * _kl(b, low) + (1 - beta) * _kl(a, low)
 
 

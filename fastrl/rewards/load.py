@@ -1,4 +1,5 @@
-"""From what stands after --reward_funcs to functions: built-in names, dotted paths, file.py:name, or callables.
+"""From what stands after --reward_funcs to functions: built-in names, dotted paths, file.py:name, callables, or
+directories of reward models.
 
 Reward functions are the user's own code and are trusted; what they judge is not.
 """
@@ -19,12 +20,17 @@ from fastrl.rewards.builtin import PLAIN, WITH_NUMBERS
 from fastrl.rewards.score import RewardError, RewardFunction, Scorer
 
 
-def load_rewards(specs: Sequence[str | Callable], weights: Sequence[float] | None, tokenizer: Any) -> Scorer:
-    """The scorer of a run: what each spec names, and its weight (1 each if None).
+def load_rewards(
+    specs: Sequence[str | Callable],
+    weights: Sequence[float] | None,
+    tokenizer: Any,
+    open_model: Callable[[str], Callable] | None = None,
+) -> Scorer:
+    """The scorer of a run: what each spec names, and its weight (1 each if None). open_model: see resolve.
 
     Raises RewardError naming the spec that cannot be found.
     """
-    functions = [resolve(spec) for spec in specs]
+    functions = [resolve(spec, open_model) for spec in specs]
     seen: dict[str, int] = {}
     for function in functions:  # two functions of one name are two metrics
         seen[function.name] = seen.get(function.name, 0) + 1
@@ -33,12 +39,13 @@ def load_rewards(specs: Sequence[str | Callable], weights: Sequence[float] | Non
     return Scorer(functions, weights, tokenizer)
 
 
-def resolve(spec: str | Callable) -> RewardFunction:
+def resolve(spec: str | Callable, open_model: Callable[[str], Callable] | None = None) -> RewardFunction:
     """One reward function.
 
     Args:
         spec: a callable; a built-in name, with numbers where it takes some ("soft_overlong:max_length=512,buffer=64");
-            "path/to/file.py:name"; or "package.module.name".
+            "path/to/file.py:name"; "package.module.name"; or the directory of a reward model.
+        open_model: makes a reward function of such a directory; a trainer has one.
 
     A function with a parameter `solution_str` is verl's `compute_score` and is called once for each completion.
     """
@@ -55,7 +62,10 @@ def resolve(spec: str | Callable) -> RewardFunction:
     if spec.endswith(".py"):
         raise RewardError(f"reward {spec!r} names a file; say which function in it: {spec}:name")
     if Path(spec).is_dir():
-        raise RewardError(f"reward {spec!r} is a directory; reward models are not supported yet, give a function")
+        if open_model is None:
+            raise RewardError(f"reward {spec!r} is a directory: a trainer opens reward models; give a function here")
+        model = open_model(spec)
+        return _wrap(model, model.__name__)
     module, _, attribute = spec.rpartition(".")
     if module:
         return _wrap(_attribute(_import(module, spec), attribute, spec), attribute)

@@ -15,7 +15,7 @@ from fastrl.train.metrics import MetricsLogger
 from fastrl.train.optim import Schedule, StepGuard, build_optimizer
 from fastrl.train.output_dir import Run, StopRequest, start_run
 from fastrl.train.plots import plot_run
-from fastrl.train.step import loss_of
+from fastrl.train.step import loss_of, prepare
 from fastrl.train.workbench import Workbench, build
 
 
@@ -41,6 +41,7 @@ def train(config: TrainConfig) -> TrainResult:
 def fit(bench: Workbench, config: TrainConfig, run: Run, stop: StopRequest) -> TrainResult:
     """The loop itself."""
     model, stage = bench.model, bench.stage
+    watch = getattr(stage, "watch", None)
     total = config.total_steps(stage.steps_per_epoch)
     optimizer = build_optimizer(model, config)
     schedule = Schedule.from_config(config, total)
@@ -56,12 +57,15 @@ def fit(bench: Workbench, config: TrainConfig, run: Run, stop: StopRequest) -> T
             lr = schedule.lr(state.step)
             with log.timing("step"):
                 micro_batches = stage.collect(log)  # prompts x responses x coefficients, global counts included
+                micro_batches = prepare(model, stage.objective, micro_batches, stage.how)
                 with log.timing("update"):
                     for micro in micro_batches:
                         out = loss_of(model, stage.objective, micro, stage.how)
                         out.loss.backward()
                         log.add({"loss": out.loss.detach(), **out.metrics})
                         log.count_tokens(micro.input_ids.shape[0])
+                        if watch is not None:
+                            watch(out, log)
                     outcome = guard.step(lr)
             state.step += 1
             state.epoch = state.step / stage.steps_per_epoch

@@ -6,18 +6,29 @@ changes memory and never the result.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastrl.data.packing import collate, pack
+from fastrl.data.packing import PLURAL, collate, pack
 from fastrl.data.types import Sample
 from fastrl.models import PackedModel
-from fastrl.objective import LossOutput, Objective
+from fastrl.objective import LossOutput, Objective, outputs_of, prepared
 from fastrl.tokens import TokenBatch, TokenStats
 
-SAMPLE_FIELDS = ("advantage", "group_id", "old_logprobs", "ref_logprobs")
+# Sample.fields -> the field of TokenBatch; any other goes to per_sequence (a number) or per_token (a list).
+BATCH_FIELDS = {
+    "advantage": "advantages",
+    "advantages": "advantages",
+    "group_id": "group_ids",
+    "label": "labels",
+    "reward": "rewards",
+    "old_logprobs": "old_logprobs",
+    "ref_logprobs": "ref_logprobs",
+    "rollout_logprobs": "rollout_logprobs",
+}
 
 
 @dataclass
@@ -47,8 +58,8 @@ class Forward:
 def plan(samples: list[Sample], max_tokens: int, device: torch.device, unit: int = 1) -> list[MicroBatch]:
     """Cut the samples of one optimizer step into micro-batches of at most `max_tokens`, `unit` neighbours together.
 
-    Sample.fields read here: "advantage" (number), "group_id" (int), "old_logprobs", "ref_logprobs" (one per trained
-    token).
+    Sample.fields become fields of the batch (BATCH_FIELDS) or columns of it: a number per_sequence, a list of one
+    number per trained token per_token.
     """
     counts = global_counts(samples)
     cut = pack([len(s) for s in samples], max_tokens, unit)
@@ -74,27 +85,45 @@ def global_counts(samples: list[Sample]) -> Counts:
 
 def micro_batch(samples: list[Sample], counts: Counts, device: torch.device) -> MicroBatch:
     """Lay the samples end to end and attach what the objective needs of them."""
-    present = [n for n in SAMPLE_FIELDS if all(s.fields.get(n) is not None for s in samples)]
+    present = [n for n in samples[0].fields if all(s.fields.get(n) is not None for s in samples)]
     laid = collate(samples, present, device)
-    cu_seqlens, advantages = laid["row_cu_seqlens"], laid.get("advantages")
-    if advantages is not None:  # one number a sequence -> one a row
-        advantages = torch.repeat_interleave(advantages.float(), cu_seqlens.diff().long())
+    cu_seqlens = laid["row_cu_seqlens"]
+    fields, columns = {}, {"per_token": {}, "per_sequence": {}}
+    for name in present:
+        value = laid[PLURAL.get(name, name)]
+        if name in BATCH_FIELDS:
+            fields[BATCH_FIELDS[name]] = value
+        else:
+            columns["per_token" if isinstance(samples[0].fields[name], list) else "per_sequence"][name] = value
+    if "advantage" in present:  # one number a sequence -> one a row
+        advantages = fields["advantages"].float()
+        fields["advantages"] = torch.repeat_interleave(advantages, cu_seqlens.diff().long())
     group_tokens = None
-    if "group_ids" in laid:
+    if "group_ids" in fields:
         group_tokens = torch.tensor([counts.group_tokens[s.fields["group_id"]] for s in samples], device=device)
     batch = TokenBatch(
         targets=laid["targets"],
         cu_seqlens=cu_seqlens,
-        advantages=advantages,
-        old_logprobs=laid.get("old_logprobs"),
-        ref_logprobs=laid.get("ref_logprobs"),
-        group_ids=laid.get("group_ids"),
+        **fields,
+        **columns,
         group_tokens=group_tokens,
         num_tokens=counts.tokens,
         num_sequences=counts.sequences,
         num_groups=len(counts.group_tokens) or None,
     )
     return MicroBatch(laid["input_ids"], laid["cu_seqlens"], laid["rows"], batch, samples)
+
+
+def prepare(model: PackedModel, objective: Objective, micros: list[MicroBatch], how: Forward) -> list[MicroBatch]:
+    """Give every micro-batch the constants that the objective takes from the whole step (fastrl.objective.prepared)."""
+    if getattr(objective, "columns", None) is None:
+        return micros
+    stats = None
+    if getattr(objective, "needs_scores", False):
+        own = dataclasses.replace(how, outputs=tuple(n for n in outputs_of(objective) if n != "logprobs"))
+        stats = [score(model, micro, own) for micro in micros]
+    batches = prepared(objective, [m.batch for m in micros], stats)
+    return [dataclasses.replace(m, batch=b) for m, b in zip(micros, batches, strict=True)]
 
 
 def attach(micro: MicroBatch, name: str, values: Tensor) -> None:

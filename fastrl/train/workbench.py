@@ -11,20 +11,16 @@ from typing import Any
 import torch
 import transformers
 
-from fastrl.data import Limits, Report, Rows, encode_dpo, encode_prompts, encode_sft, load
-from fastrl.data.types import DataError
+from fastrl.data import Rows, load
 from fastrl.models import PackedModel, load_causal_lm, load_reference, load_tokenizer, save_pretrained
-from fastrl.rewards import load_rewards
-from fastrl.rollout import TransformersSampler
-from fastrl.train.config import DatasetConfig, GRPOConfig, SFTConfig, TrainConfig
+from fastrl.train.config import TrainConfig
 from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
+from fastrl.train.stages import dpo, grpo, kto, ppo, prm, reward, sft
 from fastrl.train.stages.base import Setting, Stage
-from fastrl.train.stages.dpo import DPOStage
-from fastrl.train.stages.grpo import GRPOStage
-from fastrl.train.stages.sft import SFTStage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": "auto"}
+REFERENCE = "reference"  # in a checkpoint: a reference model that has moved (sync_ref_model)
 
 
 @dataclass
@@ -56,8 +52,8 @@ def build(config: TrainConfig, run: Run) -> Workbench:
     if getattr(config, "disable_dropout", False):
         disable_dropout(model)
     reference = None
-    if getattr(config, "beta", 0.0):
-        reference = load_reference(config.model_name_or_path, **model_options(config), tokenizer=tokenizer).to(device)
+    if getattr(config, "needs_reference", getattr(config, "beta", 0.0)):
+        reference = load_reference(reference_of(config, run), **model_options(config), tokenizer=tokenizer).to(device)
     autocast = torch.bfloat16 if (device.type == "cuda" if config.bf16 is None else config.bf16) else None
     setting = Setting(config, model, reference, tokenizer, device, autocast)
     notes = list(model.notes)
@@ -67,9 +63,19 @@ def build(config: TrainConfig, run: Run) -> Workbench:
             "them at learning rates below 1e-4; --dtype float32 --bf16 true computes in bf16 and loses none"
         )
     stage = STAGES[config.stage](setting, train_rows, test_rows, notes)
-    return Workbench(
-        model, stage, tokenizer, lambda path: save_pretrained(model, tokenizer, path), train_rows.fingerprint, notes
-    )
+
+    def save_model(path: Path) -> None:
+        save_pretrained(model, tokenizer, path)
+        if getattr(config, "sync_ref_model", False):
+            save_pretrained(setting.reference, None, path / REFERENCE)
+
+    return Workbench(model, stage, tokenizer, save_model, train_rows.fingerprint, notes)
+
+
+def reference_of(config: TrainConfig, run: Run) -> str:
+    """Where the reference is loaded from: the starting model, or the checkpoint to go on from if it moved."""
+    moved = None if run.resume is None else run.resume.path / REFERENCE
+    return str(moved) if moved is not None and moved.is_dir() else config.model_name_or_path
 
 
 def tokenizer_of(config: TrainConfig) -> Any:
@@ -100,7 +106,9 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def load_model(config: TrainConfig, path: str, tokenizer: Any, device: torch.device) -> PackedModel:
-    model = load_causal_lm(path, **model_options(config), tokenizer=tokenizer).to(device)
+    options = {**model_options(config), "tokenizer": tokenizer}
+    loader = LOADERS.get(config.stage)
+    model = (load_causal_lm(path, **options) if loader is None else loader(config, path, options)).to(device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -116,63 +124,14 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-# -- stages: rows of a dataset -> samples or prompts ---------------------------------------------------------------
-def limits_of(config: DatasetConfig, model: PackedModel) -> Limits:
-    return Limits(config.max_length, model.context_length, config.truncation, config.max_dropped_fraction)
-
-
-def noted(notes: list[str], split: str, made: tuple[list, Report]) -> list:
-    """What was made of the rows; what happened to them on the way goes to the notes."""
-    items, report = made
-    notes += [f"{split}: {line}" for line in report.lines()]
-    return items
-
-
-def sft_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> SFTStage:
-    config: SFTConfig = setting.config
-    options = {
-        "completion_only_loss": config.completion_only_loss,
-        "assistant_only_loss": config.assistant_only_loss,
-    }
-
-    def encode(rows: Rows | None, split: str) -> list:
-        limits = limits_of(config, setting.model)
-        return [] if rows is None else noted(notes, split, encode_sft(rows, setting.tokenizer, limits, **options))
-
-    return SFTStage(setting, encode(train, "train"), encode(test, "test"))
-
-
-def dpo_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> DPOStage:
-    def encode(rows: Rows | None, split: str) -> list:
-        if rows is None:
-            return []
-        limits = limits_of(setting.config, setting.model)
-        flat = noted(notes, split, encode_dpo(rows, setting.tokenizer, limits))
-        return list(zip(flat[0::2], flat[1::2], strict=True))
-
-    return DPOStage(setting, encode(train, "train"), encode(test, "test"))
-
-
-def grpo_stage(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> GRPOStage:
-    config: GRPOConfig = setting.config
-    context = setting.model.context_length
-    room = None if context is None else context - config.max_completion_length
-    if room is not None and room < 1:
-        raise DataError(
-            f"--max_completion_length {config.max_completion_length} leaves no room for a prompt in the model's "
-            f"context of {context} tokens; lower it"
-        )
-    known = [n for n in (room, config.max_prompt_length) if n is not None]
-    longest = min(known) if known else None
-
-    def encode(rows: Rows | None, split: str) -> list:
-        if rows is None:
-            return []
-        return noted(notes, split, encode_prompts(rows, setting.tokenizer, longest, config.max_dropped_fraction))
-
-    sampler = TransformersSampler(setting.model.model, setting.tokenizer)
-    scorer = load_rewards(config.reward_funcs, config.reward_weights, setting.tokenizer)
-    return GRPOStage(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)
-
-
-STAGES = {"sft": sft_stage, "dpo": dpo_stage, "grpo": grpo_stage}
+STAGES = {
+    "sft": sft.build,
+    "dpo": dpo.build,
+    "grpo": grpo.build,
+    "kto": kto.build,
+    "reward": reward.build,
+    "prm": prm.build,
+    "ppo": ppo.build,
+}
+# Stages whose model is no causal LM: (config, path, options of the loaders) -> model.
+LOADERS = {"reward": reward.load_model, "prm": prm.load_model, "ppo": ppo.load_model}

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fastrl.data import Limits, Report
 from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import Sample
 from fastrl.models import PackedModel
 from fastrl.objective import Objective
-from fastrl.train.step import Forward, MicroBatch, attach, loss_of, plan, score
+from fastrl.train.step import Forward, MicroBatch, attach, loss_of, plan, prepare, score
 
 if TYPE_CHECKING:
-    from fastrl.train.config import TrainConfig
+    from fastrl.train.config import DatasetConfig, TrainConfig
     from fastrl.train.metrics import MetricsLogger
 
 
@@ -83,7 +84,7 @@ class DatasetStage:
         model.eval()
         samples = [sample for item in self.held_out for sample in item]
         with log.timing("eval"):
-            for micro in self.prepare(samples, log):
+            for micro in prepare(model, self.objective, self.prepare(samples, log), self.how):
                 out = loss_of(model, self.objective, micro, self.how)
                 for name, value in {"loss": out.loss, **out.metrics}.items():
                     totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + float(value)
@@ -115,3 +116,15 @@ def give_logprobs(
     with log.timing("old_log_prob" if name == "old_logprobs" else "ref"):
         for micro in micro_batches:
             attach(micro, name, score(model, micro, plain).logprobs)
+
+
+# -- rows of a dataset -> samples or prompts -------------------------------------------------------------------------
+def limits_of(config: DatasetConfig, model: PackedModel) -> Limits:
+    return Limits(config.max_length, model.context_length, config.truncation, config.max_dropped_fraction)
+
+
+def noted(notes: list[str], split: str, made: tuple[list, Report]) -> list:
+    """What was made of the rows; what happened to them on the way goes to the notes."""
+    items, report = made
+    notes += [f"{split}: {line}" for line in report.lines()]
+    return items

@@ -9,12 +9,15 @@ import torch
 
 from fastrl import losses
 from fastrl.advantages import group_normalised
+from fastrl.data import Rows, encode_prompts
 from fastrl.data.sampler import IndexSampler
-from fastrl.data.types import Prompt, Sample
-from fastrl.rollout import Completion, Sampler, Sampling
+from fastrl.data.types import DataError, Prompt, Sample
+from fastrl.rewards import load_rewards
+from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler
 from fastrl.train.config import GRPOConfig
+from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
-from fastrl.train.stages.base import Setting, give_logprobs
+from fastrl.train.stages.base import Setting, give_logprobs, noted
 from fastrl.train.stages.grpo_metrics import completion_metrics, reward_metrics
 from fastrl.train.step import Forward, MicroBatch, plan
 
@@ -116,3 +119,25 @@ class GRPOStage:
     def load_state_dict(self, state: dict) -> None:
         self.order.load_state_dict(state["order"])
         self.pending = [[Sample(**s) for s in step] for step in state["pending"]]
+
+
+def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> GRPOStage:
+    config: GRPOConfig = setting.config
+    context = setting.model.context_length
+    room = None if context is None else context - config.max_completion_length
+    if room is not None and room < 1:
+        raise DataError(
+            f"--max_completion_length {config.max_completion_length} leaves no room for a prompt in the model's "
+            f"context of {context} tokens; lower it"
+        )
+    known = [n for n in (room, config.max_prompt_length) if n is not None]
+    longest = min(known) if known else None
+
+    def encode(rows: Rows | None, split: str) -> list:
+        if rows is None:
+            return []
+        return noted(notes, split, encode_prompts(rows, setting.tokenizer, longest, config.max_dropped_fraction))
+
+    sampler = TransformersSampler(setting.model.model, setting.tokenizer)
+    scorer = load_rewards(config.reward_funcs, config.reward_weights, setting.tokenizer, opener(setting))
+    return GRPOStage(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)

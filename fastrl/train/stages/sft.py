@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fastrl import losses
+from fastrl.data import Rows, encode_sft
 from fastrl.data.types import Sample
-from fastrl.train.stages.base import DatasetStage, Setting
+from fastrl.train.config import SFTConfig
+from fastrl.train.stages.base import DatasetStage, Setting, limits_of, noted
 from fastrl.train.step import Forward
 
 
@@ -15,3 +17,17 @@ class SFTStage(DatasetStage):
         super().__init__(setting, [[s] for s in samples], [[s] for s in held_out])
         self.objective = losses.get(setting.config.loss_type)
         self.how = Forward(1.0, ("entropy", "is_argmax"), setting.autocast, setting.config.debug_checks)
+
+
+def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> SFTStage:
+    config: SFTConfig = setting.config
+    options = {
+        "completion_only_loss": config.completion_only_loss,
+        "assistant_only_loss": config.assistant_only_loss,
+    }
+
+    def encode(rows: Rows | None, split: str) -> list:
+        limits = limits_of(config, setting.model)
+        return [] if rows is None else noted(notes, split, encode_sft(rows, setting.tokenizer, limits, **options))
+
+    return SFTStage(setting, encode(train, "train"), encode(test, "test"))

@@ -1,0 +1,1 @@
+"""What each command is told: one file a stage."""
