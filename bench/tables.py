@@ -133,6 +133,20 @@ def trainer(record: Record, source: str) -> str:
     return f"{title} {made_by(record, source)}\n\n{table(header, rows)}"
 
 
+def drop_in(record: Record, source: str) -> str:
+    """A TRL script as it is, and with one line more."""
+    rows = []
+    for kind, result in record["trainers"].items():
+        theirs, mine = result["contenders"]["unpatched"], result["contenders"]["patched"]
+        sampling = f", {mine['generation_s']:.2f} s of it generation" if mine["generation_s"] else ""
+        times = [f"{theirs['median_s']:.2f} s", f"{mine['median_s']:.2f} s ({result['speedup']:.1f}x faster{sampling})"]
+        peaks = [mib(row["peak_over_model_mib"]) for row in (theirs, mine)]
+        rows.append([f"{kind.upper()}Trainer", *times, *peaks, f"{result['largest_loss_gap']:.0e}"])
+    header = ["TRL " + record["environment"]["versions"].get("trl", ""), "step", "patched"]
+    header += ["peak over the loaded model", "patched", "losses apart"]
+    return f"**`fastrl.integrations.trl.patch(trainer)`**. {made_by(record, source)}\n\n{table(header, rows)}"
+
+
 def exactness(record: Record, source: str) -> str:
     cuts = {d: max(v for k, v in record["cuts"].items() if k.endswith(d)) for d in ("float64", "float32")}
     gradients = max(record["gradients"].values())
@@ -188,6 +202,7 @@ PAGES: dict[str, dict[str, Callable[[Found], str]]] = {
         "holds": holds,
         "pictures": pictures,
         "bench": each({"head": head, "trainer_vs_trl": trainer, "exactness": exactness}),
+        "drop_in": each({"drop_in": drop_in}),
     },
     "docs/benchmarks.md": {"cases": every_case, "losses": each({"losses": loss_costs})},
 }

@@ -21,8 +21,14 @@ fastrl: post-training of language models; logits never formed
   fastrl sft   --model_name_or_path M --dataset_name D --output_dir O   likelihood of completions
   fastrl dpo   --model_name_or_path M --dataset_name D --output_dir O   preference pairs
   fastrl kto   --model_name_or_path M --dataset_name D --output_dir O   single answers, good or bad
+  fastrl reward --model_name_or_path M --dataset_name D --output_dir O  a reward model from preference pairs
+  fastrl prm   --model_name_or_path M --dataset_name D --output_dir O   a reward model of steps
   fastrl grpo  --model_name_or_path M --dataset_name D --output_dir O --reward_funcs F ...
                                                                         sampled, scored, reinforced
+  fastrl ppo   --model_name_or_path M --dataset_name D --output_dir O --reward_model_path R
+                                                                        the same against a critic
+  fastrl distill --model_name_or_path M --dataset_name D --output_dir O --teacher_model_name_or_path T
+                                                                        towards a teacher, on its texts or one's own
   fastrl quickstart [--short]     a small model learns arithmetic: SFT, then GRPO, with plots
   fastrl losses [NAME]            every loss: paper, formula, scope, cost; one in full
   fastrl doctor                   versions, devices, optional packages
@@ -46,6 +52,8 @@ FOREIGN = {
     "generation_batch_size": "use --steps_per_generation",
     "max_tokens_per_gpu": "use --max_tokens_per_device",
     "max_seq_length": "use --max_length",
+    "response_length": "use --max_completion_length",
+    "total_episodes": "use --max_steps or --num_train_epochs",
     "evaluation_strategy": "use --eval_strategy",
     "torch_dtype": "use --dtype",
     "fp16": "use --bf16, or --dtype float32",
@@ -54,7 +62,7 @@ FOREIGN = {
     "use_peft": "all weights are trained; adapters are not supported yet",
     "load_in_4bit": "quantised weights are not supported yet",
     "load_in_8bit": "quantised weights are not supported yet",
-    "label_smoothing_factor": "use --label_smoothing (dpo)",
+    "label_smoothing_factor": "use --label_smoothing (dpo), or `fastrl sft`",
     "push_to_hub": "nothing is uploaded; push output_dir with `hf upload`",
 }
 

@@ -71,6 +71,10 @@ class HeadStats:
     values: Tensor | None = None
     log_variance: Tensor | None = None
 
+    def __getattr__(self, name: str):
+        hint = ": a loss that reads it takes log-probs, see fused_loss" if name in STAT_NAMES else ""
+        raise AttributeError(f"HeadStats has no {name!r}{hint}")
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> HeadStats:
         """Apply `fn` to every statistic that is present."""
         return HeadStats(*(None if (x := getattr(self, f.name)) is None else fn(x) for f in dataclasses.fields(self)))

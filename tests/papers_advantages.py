@@ -102,6 +102,20 @@ def pass_at_k(rewards, groups, k):
     return each(rewards, law)
 
 
+def pkpo(rewards, groups, k):
+    """What a completion adds to the maximum of every k-subset that it is in."""
+
+    def law(i):
+        g = members(rewards, groups, i)
+        mine = [s for s in combinations(g, k) if i in s]
+        if not mine:
+            return 0.0
+        added = [max(rewards[j] for j in s) - max(rewards[j] for j in s if j != i) for s in mine]
+        return k * mean(added)
+
+    return each(rewards, law)
+
+
 def a2po(rewards, groups, beta):
     def law(i):
         own = [rewards[j] for j in members(rewards, groups, i)]
@@ -195,4 +209,15 @@ def optimal_token_baseline(trajectories, zero_tail, eps=1e-8):
             b = sum(togo[j][t] * path[j][t] for j in alive) / (sum(path[j][t] for j in alive) + eps)
             own.append(togo[i][t] - (0.0 if zero_tail and len(alive) == 1 else b))
         made.append(own)
+    return made
+
+
+def process_grpo(sequences, eps=1e-4):
+    """sequences: (group, [(tokens, reward or NaN)] of each step) -> [[advantage of each token]]."""
+    made = []
+    for group, steps in sequences:
+        pool = [r for g, own in sequences if g == group for _, r in own if not math.isnan(r)]
+        known = [not math.isnan(r) and std(pool) > 0 for _, r in steps]
+        scores = [(r - mean(pool)) / (std(pool) + eps) if k else 0.0 for k, (_, r) in zip(known, steps, strict=True)]
+        made.append([sum(scores[k:]) for k, (tokens, _) in enumerate(steps) for _ in range(tokens)])
     return made

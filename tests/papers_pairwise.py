@@ -71,7 +71,7 @@ def r_dpo(w, r, o):
 @paired
 def mallows_dpo(w, r, o):
     settled = (w.token["ref_entropy"].mean() + r.token["ref_entropy"].mean()) / 2
-    return nls(-o.get("dispersion", 1.0) * torch.log(settled).to(w.logp.dtype) * beta(o) * h(w, r))
+    return nls(2 * o.get("dispersion", 0.5) * torch.log(1 / settled).to(w.logp.dtype) * beta(o) * h(w, r))
 
 
 @paired
@@ -344,3 +344,57 @@ def group_robust_dpo(seqs, o):
 def fdpo(seqs, o):
     kept = [(w, r) for w, r in pairs(seqs) if w.reward >= float(w.number["policy_rewards"])]
     return torch.stack([nls(beta(o) * h(w, r)) for w, r in kept]).mean()
+
+
+# -- lists -------------------------------------------------------------------------------------------------------------
+def listed(f: Callable[[list[Seq], dict], Tensor]) -> Callable:
+    """Enters the mean over prompts of f(its answers, best first, options)."""
+
+    def whole(seqs, o):
+        groups: dict[int, list[Seq]] = {}
+        for y in seqs:
+            groups.setdefault(y.group, []).append(y)
+        ranked = [sorted(own, key=lambda y: -y.reward) for own in groups.values()]
+        return sum(f(own, o) for own in ranked) / len(ranked)
+
+    LAWS[f.__name__] = whole
+    return f
+
+
+@listed
+def mppo(ys, o):
+    p = [torch.exp(y.logp.sum() / y.n) for y in ys]
+    best = [p[0] - x for x in p[1:]]
+    every = [p[i] - p[j] for i in range(len(p)) for j in range(i + 1, len(p))]
+    return {
+        "mnm": lambda: nls((len(p) - 1) * p[0] - sum(p[1:])),
+        "mns": lambda: sum(nls(x) for x in best),
+        "mcs": lambda: sum(nls(x) for x in every),
+        "mcm": lambda: nls(sum(every)),
+    }[o.get("kind", "mnm")]()
+
+
+def targets(ys: list[Seq], o: dict) -> list[float]:
+    weights = [math.exp(y.reward / o.get("reward_temperature", 1.0)) for y in ys]
+    return [x / sum(weights) for x in weights]
+
+
+@listed
+def exo(ys, o):
+    weights = torch.exp(torch.stack([beta(o) * ratio(y) for y in ys]))
+    p, q = weights / weights.sum(), torch.tensor(targets(ys, o), dtype=weights.dtype)
+    return (p * torch.log(p / q)).sum()
+
+
+@listed
+def nca(ys, o):
+    good = sum(q * nls(beta(o) * ratio(y)) for q, y in zip(targets(ys, o), ys, strict=True))
+    return good + sum(nls(-beta(o) * ratio(y)) for y in ys) / len(ys)
+
+
+@listed
+def gvpo(ys, o):
+    rewards = [y.reward for y in ys]
+    ratios = [beta(o) * ratio(y) for y in ys]
+    r, s = sum(rewards) / len(ys), sum(ratios) / len(ys)
+    return sum((a - r - (b - s)) ** 2 for a, b in zip(rewards, ratios, strict=True)) / (2 * (len(ys) - 1))

@@ -242,9 +242,7 @@ def label_weight(s: Seq, o: dict) -> float:
 def kto(seqs: list[Seq], o: dict) -> Tensor:
     known = [float(s.number["kl"]) for s in seqs if not math.isnan(float(s.number["kl"]))]
     z, b = max(0.0, sum(known) / len(known)), beta_of(o)
-    values = [
-        label_weight(s, o) * (1 - sig(b * (u_of(s, o) - z) if s.label else b * (z - u_of(s, o)))) for s in seqs
-    ]
+    values = [label_weight(s, o) * (1 - sig(b * (u_of(s, o) - z) if s.label else b * (z - u_of(s, o)))) for s in seqs]
     return torch.stack(values).mean()
 
 

@@ -76,6 +76,7 @@ LAWS = {  # name -> [(options, the paper's loop)]
         ({"normalise": True}, lambda r, g: papers.pass_at_k_best(r, g, normalise=True)),
     ],
     "pass_at_k": [({"k": k}, lambda r, g, k=k: papers.pass_at_k(r, g, k)) for k in (1, 2, 3, 4)],
+    "pkpo": [({"k": k}, lambda r, g, k=k: papers.pkpo(r, g, k)) for k in (2, 3, 4)],
     "max_rl": [({}, lambda r, g: papers.max_rl(r, g))],
     "gdpo": [({}, lambda r, g: papers.gdpo(GIVEN["components"], g, GIVEN["weights"]))],
     "a2po": [({"beta": b}, lambda r, g, b=b: papers.a2po(r, g, b)) for b in (0.5, 2.0)],
@@ -178,7 +179,8 @@ def test_several_ranks_agree_with_one(name):
 
 
 SHIFTS = ("grpo", "dr_grpo", "lite_ppo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "pass_at_k_best")
-SCALES = ("dr_grpo", "rloo", "opo", "gpg", "pass_at_k_best", "raw", "remax")
+SHIFTS = (*SHIFTS, "pkpo", "gpg")
+SCALES = ("dr_grpo", "rloo", "opo", "gpg", "pass_at_k_best", "pkpo", "raw", "remax")
 
 
 @pytest.mark.parametrize("name", SHIFTS)
@@ -250,6 +252,7 @@ def test_peer_groups():
         (lambda r, g: estimate("grpo", r, g, epz=1), "did you mean 'eps'"),
         (lambda r, g: estimate("opo", r, g), "needs lengths"),
         (lambda r, g: estimate("pass_at_k", r, g, k=0), "k must be at least 1"),
+        (lambda r, g: estimate("pkpo", r, g, k=1), "use rloo"),
         (lambda r, g: estimate("gpg", r, g, valid="some"), "mixed_groups"),
         (lambda r, g: estimate("a2po", r, g, beta=0.0), "beta must be positive"),
         (lambda r, g: estimate("normalised", r, g, mean="world"), "mean is 'world'"),
@@ -510,6 +513,38 @@ def test_an_unscored_trajectory_is_in_no_baseline():
     assert torch.equal(made, alone)
 
 
+def test_process_grpo():
+    """Two prompts; steps of some tokens each, one unscored, a sequence without a step."""
+    unscored_first = [(3, NAN), (1, -1.0), (2, 0.0)]
+    sequences = [(0, [(2, 1.0), (1, 0.5)]), (1, [(1, 2.0)]), (0, unscored_first), (0, []), (1, [(2, 2.0)])]
+    ends, rewards, cu = [], [], [0]
+    for _, steps in sequences:
+        for tokens, r in steps:
+            ends += [False] * (tokens - 1) + [True]
+            rewards += [9.0] * (tokens - 1) + [r]
+        cu.append(len(ends))
+    made = advantages.process_grpo(
+        torch.tensor(rewards, dtype=torch.float64), torch.tensor(ends), torch.tensor(cu), torch.tensor([0, 1, 0, 0, 1])
+    )
+    assert_same("advantages", made, flat(papers.process_grpo(sequences)), 1e-12)
+
+
+def test_the_expected_maximum_has_this_gradient():
+    """Two answers with rewards 1 and 0, p = softmax(z): grad of 1 - (1-p)^2 by all 2^3 draws of three completions."""
+    z = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    p = z.softmax(0)
+    (truth,) = torch.autograd.grad(1 - p[1].square(), z, retain_graph=True)
+    estimate_ = torch.zeros(2, dtype=torch.float64)
+    for draw in range(8):
+        answers = [draw >> j & 1 for j in range(3)]
+        rewards = torch.tensor([1.0 - a for a in answers], dtype=torch.float64)
+        a = estimate("pkpo", rewards, torch.zeros(3, dtype=torch.long), k=2)
+        value = sum(w * p[k].log() for w, k in zip(a, answers, strict=True)) / 3
+        (grad,) = torch.autograd.grad(value, z, retain_graph=True)
+        estimate_ += math.prod(float(p[k].detach()) for k in answers) * grad
+    assert_same("gradient", estimate_, truth, 1e-12)
+
+
 # -- rewards, running baselines ----------------------------------------------------------------------------------------
 def test_kl_penalised():
     x, mask, cu = packed()
@@ -631,14 +666,14 @@ MUTANTS = {
         advantages.sequences, "_positive_lengths", lambda f: lambda n, r: torch.ones_like(r), lambda: check_law("opo")
     ),
     "one subset too large": (
-        advantages.sequences, "_share_of_subsets", lambda f: lambda of, n, k: f(of, n, k + 1),
+        advantages.subsets, "_share_of_subsets", lambda f: lambda of, n, k: f(of, n, k + 1),
         lambda: check_law("pass_at_k", 1),
     ),
     "whitened by the variance": (
-        advantages.returns, "z_score", lambda f: lambda x, pool, **how: f(x, pool, **how) / 2, check_whitened
+        advantages.tokenwise, "z_score", lambda f: lambda x, pool, **how: f(x, pool, **how) / 2, check_whitened
     ),
     "mean back in": (
-        advantages.returns, "z_score", lambda f: lambda x, pool, **how: f(x, pool, **{**how, "shift_mean": False}),
+        advantages.tokenwise, "z_score", lambda f: lambda x, pool, **how: f(x, pool, **{**how, "shift_mean": False}),
         check_whitened,
     ),
     "steps of other groups in the baseline": (

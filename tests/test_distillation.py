@@ -14,6 +14,8 @@ from oracle import Watch, assert_as_accurate, assert_same, gradients
 from papers_distillation import LAWS, Row
 
 import fastrl.losses.distillation as distillation
+import fastrl.losses.sampled as sampled
+import fastrl.losses.top_k as top_k
 import fastrl.ops.distill as distill
 from fastrl import Teacher, TokenBatch, TokenStats, fused_loss, losses
 from fastrl.ops import divergence_torch
@@ -229,6 +231,22 @@ def test_a_confident_teacher_stays_finite(name):
     assert loss.isfinite() and all(g is None or g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
+def test_words_that_one_model_masks(strategy):
+    """A word of probability 0 in the student: KL(q||p) is infinite, not NaN; the bounded divergences stay finite."""
+    s = step(head="everything")
+    s.head.pop("softcap")
+    s.bias[3] = -math.inf
+    s.world.targets[s.world.targets == 3] = 4
+    for name in CASES:
+        if "divergence" not in objective_outputs(losses.get(name)) or name in ("minillm", "mixed_kl", "jeffreys"):
+            continue
+        loss, grads, _ = ours(name, {}, s, strategy=strategy)
+        infinite = name in ("forward_kl", "kd")
+        assert loss == math.inf if infinite else loss.isfinite(), name
+        assert infinite or all(g is None or g.isfinite().all() for g in grads), name
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_empty_batch_gives_a_connected_zero(name):
     hidden, weight = torch.zeros(3, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
@@ -355,6 +373,23 @@ def test_statistics_and_metrics_come_back():
     assert_same("loss", again.loss, out.loss, 1e-12)
 
 
+def test_a_temperature_for_each_token_and_a_teacher_in_another_dtype():
+    s = step(dtype=torch.float32)
+    g, t = torch.Generator().manual_seed(3), len(s.world.targets)
+    temperature = 0.5 + torch.rand(t, generator=g, dtype=torch.float64).float().double()
+    hidden, weight = s.teacher[0].bfloat16(), s.teacher[1].bfloat16()
+    leaves, (_, batch) = s.leaves()[:2], batch_of(s.world)
+    batch = dataclasses.replace(batch, per_token={})
+    out = fused_loss(losses.get("gkd"), *leaves, batch, teacher=Teacher(hidden, weight), temperature=temperature)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    z = (exact[0] @ exact[1].t() / temperature[:, None]).log_softmax(-1)
+    q = (hidden.double() @ weight.double().t() / temperature[:, None]).log_softmax(-1)
+    want = LAWS["gkd"](Row(z, q, s.world.targets, None, {}), {})[s.world.mask].mean()
+    assert_same("loss", out.loss, want, 1e-5)
+    for x, y in zip(gradients(out.loss, leaves), gradients(want, exact), strict=True):
+        assert_same("gradient", x, y, 1e-5)
+
+
 def test_torch_compile_breaks_its_graph_and_agrees():
     s = step()
     _, batch = batch_of(s.world)
@@ -474,17 +509,22 @@ def forget_the_linear_part(patch):
     patch.setattr(distill.Sides, "pull", lambda self, loss: loss)
 
 
+def gathered_logits_without_gradient(patch):
+    keep = distill.gathered_logits
+    patch.setattr(distill, "gathered_logits", lambda *args: keep(*args).detach())
+
+
 def own_token_counts_as_later(patch):
-    patch.setattr(distillation.MiniLLM, "_later", lambda self, x, batch: distillation.suffix_sums(x, batch, self.gamma))
+    patch.setattr(sampled.MiniLLM, "_later", lambda self, x, batch: sampled.suffix_sums(x, batch, self.gamma))
 
 
 def sums_run_into_the_next_sequence(patch):
     whole = lambda x, batch, discount=1.0: x.double().flip(0).cumsum(0).flip(0)  # noqa: E731
-    patch.setattr(distillation, "suffix_sums", whole)
+    patch.setattr(sampled, "suffix_sums", whole)
 
 
 def no_tail(patch):
-    patch.setattr(distillation, "log_rest", lambda x: torch.full_like(x[:, :1], -30.0))
+    patch.setattr(top_k, "log_rest", lambda x: torch.full_like(x[:, :1], -30.0))
 
 
 def no_temperature_squared(patch):
@@ -497,8 +537,8 @@ def teacher_softcap_forgotten(patch):
 
 
 def advantage_with_the_wrong_sign(patch):
-    keep = distillation.teacher_advantage
-    patch.setattr(distillation, "teacher_advantage", lambda *args: -keep(*args))
+    keep = sampled.teacher_advantage
+    patch.setattr(sampled, "teacher_advantage", lambda *args: -keep(*args))
 
 
 def gap_of_the_mixture_forgotten(patch):
@@ -509,6 +549,7 @@ def gap_of_the_mixture_forgotten(patch):
 MUTANTS = {
     swap_sides: ("forward_kl", 0),
     forget_the_linear_part: ("gkd", 3),
+    gathered_logits_without_gradient: ("top_k", 0),
     own_token_counts_as_later: ("minillm", 0),
     sums_run_into_the_next_sequence: ("iw_opd", 0),
     no_tail: ("top_k", 0),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import zoo
 from oracle import Watch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
+import fastrl
 from fastrl import losses
 from fastrl.integrations import DeferredLogits, causal_lm_of, deferring, head_of
 from fastrl.integrations.transformers import CausalLMLoss, patch, unpatch
@@ -129,6 +132,8 @@ def test_the_routers_loss_is_added():
     assert plain(**given).aux_loss > 0
     assert_same_training(plain, mine, given)
     assert_same_training(*pair("gpt_oss", output_router_logits=True), given)
+    loss, aux_loss, logits, *_ = mine(**given, return_dict=False)
+    assert aux_loss > 0 and isinstance(logits, DeferredLogits) and loss == mine(**given).loss
 
 
 def test_shifted_labels_and_the_rows_kept():
@@ -175,6 +180,13 @@ def test_calls_without_labels_and_generation(name):
     assert torch.equal(mine.generate(**left, **options), plain.generate(**left, **options))
 
 
+def test_it_is_found_from_the_package():
+    """Nothing heavy is imported before it is asked for."""
+    code = "import sys, fastrl.integrations; assert not {'torch', 'transformers', 'trl', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert fastrl.integrations.transformers.patch is patch
+
+
 def test_unpatch_restores_everything():
     model = zoo.make("cohere")
     before, head = dict(vars(model)), dict(vars(model.lm_head))
@@ -213,6 +225,11 @@ def test_a_forward_wrapped_since_stays_wrapped():
     model.forward = lambda *a, **k: (calls.append(1), inner(*a, **k))[1]
     unpatch(model)
     assert torch.equal(model(**inputs()).logits, plain(**inputs()).logits) and calls
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch(model)
+    assert isinstance(patch(model)(**inputs()).logits, DeferredLogits)
+    model.forward = inner
+    assert unpatch(model).forward.__func__ is plain.forward.__func__
 
 
 def test_weights_moved_in_by_hooks():
@@ -401,6 +418,8 @@ def test_heads_that_are_not_linear_are_refused():
         patch(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no LM head"):
         patch(zoo.make("llama").model)
+    with pytest.raises(UnsupportedModelError, match="DataParallel"):
+        patch(torch.nn.DataParallel(zoo.make("llama")))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
         patch(t5)

@@ -78,7 +78,7 @@ def test_without_old_logprobs_the_ratio_is_one_with_its_gradient():
 
 # -- what they estimate ------------------------------------------------------------------------------------------------
 def expectation(kind: str, sampled_from: str):
-    """(mean value, mean gradient in the logits) over all tokens, drawn from old or the policy itself; the reverse KL and
+    """(mean value and gradient in the logits) over all tokens, drawn from old or the policy; the reverse KL and
     its gradient."""
     g = torch.Generator().manual_seed(0)
     z, zf, zo = (torch.randn(6, generator=g, dtype=torch.float64) for _ in range(3))

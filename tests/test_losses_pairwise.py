@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from harness import check_accuracy, check_chunks, check_far, check_paper, check_step, ours, world
-from oracle import assert_same
 from papers_pairwise import LAWS
 
-from fastrl import TokenBatch, loss_from_logprobs, losses
-from fastrl.losses import links, nash, pairwise, regression_pairs, stepwide
+from fastrl import losses
+from fastrl.losses import contrastive_lists, links, nash, pairwise, regression_pairs, stepwide
 from fastrl.objective import scope_of
 
-TABLES = (pairwise.PAIRWISE, links.LINKS, nash.NASH, regression_pairs.REGRESSION_PAIRS, stepwide.STEPWIDE)
+TABLES = (
+    pairwise.PAIRWISE,
+    links.LINKS,
+    nash.NASH,
+    regression_pairs.REGRESSION_PAIRS,
+    stepwide.STEPWIDE,
+    contrastive_lists.CONTRASTIVE_LISTS,
+)
 NAMES = [name for table in TABLES for name in table]
 CASES: dict[str, list[dict]] = {name: [{}, {"beta": 0.7}] for name in NAMES}
 CASES |= {
@@ -44,6 +48,9 @@ CASES |= {
     "alpha_dpo": [{}, {"beta": 1.0, "gamma": 0.1, "alpha": 1.5}],
     "dr_dpo": [{}, {"beta": 0.8, "beta_prime": 0.3}],
     "group_robust_dpo": [{}, {"beta": 0.8, "eta": 3.0}],
+    "mppo": [{}, *({"kind": kind} for kind in contrastive_lists.MPPO_KINDS)],
+    "exo": [{}, {"beta": 0.7, "reward_temperature": 0.3}],
+    "nca": [{}, {"beta": 0.7, "reward_temperature": 0.3}],
 }
 EVERY_CASE = [(name, i) for name in NAMES for i in range(len(CASES[name]))]
 SEQUENCE_COLUMNS = ("pair_weights", "from_reference", "win_rate", "values", "policy_rewards", "domain", "domain_weight")
@@ -127,121 +134,6 @@ def test_an_empty_step_and_an_empty_answer(name):
     assert loss == 0 and not any(g.any() for g in grads)
 
 
-# -- what the formulas imply -------------------------------------------------------------------------------------------
-SAME_AS_DPO = {
-    "odpo": {"alpha": 0.0},
-    "r_dpo": {"alpha": 0.0},
-    "d2po": {"gamma": 1.0},
-    "dpop": {"penalty": 0.0},
-    "dpo_shift": {"f": 1.0},
-    "xpo": {"alpha": 0.0},
-    "selm": {"alpha": 0.0},
-    "vpo": {"alpha": 0.0},
-    "spin": {},
-    "gpo": {"f": "logistic"},
-    "adpo": {"confidence": 1e6},
-    "beta_dpo": {"alpha": 0.0},
-}
-
-
-@pytest.mark.parametrize("name", SAME_AS_DPO)
-def test_without_its_own_term_it_is_dpo(name):
-    w = make(5)
-    loss, grads, _ = ours(name, SAME_AS_DPO[name], w)
-    want, true, _ = ours("dpo", {}, w)
-    assert_same("loss", loss, want, 1e-12)
-    for g, t in zip(grads, true, strict=True):
-        assert_same("gradient", g, t, 1e-12)
-
-
-def test_wide_limits_are_dpo():
-    """fdpo that keeps all pairs, one domain, no other objective: plain DPO. Dr. DPO's soft maximum at b -> inf too."""
-    w = make(6)
-    w.per_sequence["policy_rewards"] = w.rewards - 1
-    w.per_sequence["domain"] = torch.zeros(12)
-    want = ours("dpo", {}, w)[0]
-    for name, options in (("fdpo", {}), ("group_robust_dpo", {}), ("dr_dpo", {"beta_prime": 1e7})):
-        assert_same(name, ours(name, options, w)[0], want, 1e-6)
-    w.margins = torch.zeros(6, dtype=torch.float64)
-    assert_same("modpo", ours("modpo", {"weight": 1.0}, w)[0], want, 1e-12)
-
-
-def test_rebel_at_the_sampling_policy_is_a_relative_policy_gradient():
-    """Without old log-probs the log-ratios are 0: gradient -2 beta (R - R') (grad log pi(y) - grad log pi(y'))."""
-    logprobs = torch.randn(7, dtype=torch.float64).requires_grad_()
-    batch = TokenBatch(
-        torch.zeros(7, dtype=torch.long),
-        cu_seqlens=torch.tensor([0, 3, 7]),
-        rewards=torch.tensor([0.5, -1.0], dtype=torch.float64),
-    )
-    for name in ("rebel", "refuel"):
-        loss = loss_from_logprobs(losses.get(name, beta=2.0), logprobs, batch).loss
-        (g,) = torch.autograd.grad(loss, logprobs)
-        assert loss.item() == 2.25
-        assert torch.allclose(g, torch.tensor([-6.0] * 3 + [6.0] * 4, dtype=torch.float64))
-
-
-def test_sampo_keeps_as_many_tokens_of_both_without_a_column():
-    lengths = torch.tensor([5, 9, 4, 4, 0, 3, 12, 1])
-    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    batch = TokenBatch(torch.arange(38) * 7919 % 1000, cu_seqlens=cu)
-    kept = losses.get("sampo").own_weights(batch)
-    counts = torch.stack([x.sum() for x in kept.split(lengths.tolist())])
-    assert counts.tolist() == [5, 5, 4, 4, 0, 0, 1, 1]
-    other = losses.get("sampo", seed=1).own_weights(batch)
-    assert not torch.equal(kept, other)
-    again = losses.get("sampo").own_weights(batch.sequences(2, 8, 14, 38))
-    assert torch.equal(again, kept[14:]), "the draw must not depend on where the sequence lies"
-
-
-BAD = {
-    "odpo": ({"f": "sqrt"}, "f is 'sqrt'; expected one of log, linear"),
-    "modpo": ({"weight": 0.0}, r"weight must be in \(0.0, 1.0\], got 0.0"),
-    "r_dpo": ({"alpha": math.nan}, "alpha must be finite, got nan"),
-    "mallows_dpo": ({"dispersion": -1.0}, "dispersion must be in"),
-    "d2po": ({"gamma": 1.5}, "gamma must be in"),
-    "dmpo": ({"gamma": 0.0}, "gamma must be in"),
-    "gpo": ({"f": "cubic"}, "f is 'cubic'"),
-    "chi_po": ({"r_max": 0.0}, "r_max must be in"),
-    "dpop": ({"penalty": math.inf}, "penalty must be finite"),
-    "dil": ({"kind": "kl"}, "kind is 'kl'"),
-    "bfpo": ({"b1": 1.0}, "b1 must be in"),
-    "inpo": ({"tau_over_eta": 1.1}, "tau_over_eta must be in"),
-    "nash_md": ({"beta": -0.1}, "beta must be in"),
-    "dr_dpo": ({"use_weighting": True}, "use_weighting must be False"),
-    "sppo": ({"beta": 0.0}, "beta must be in"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_options_are_named(name):
-    options, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        losses.get(name, **options)
-
-
-NEEDS = {
-    "sppo": "win_rate",
-    "nash_md": "win_rate",
-    "xpo": "from_reference",
-    "iw_dpo": "pair_weights",
-    "dmpo": "turns",
-    "mallows_dpo": "ref_entropy",
-    "group_robust_dpo": "domain",
-    "fdpo": "policy_rewards",
-    "dro": "values",
-}
-
-
-@pytest.mark.parametrize("name", NEEDS)
-def test_a_missing_column_is_named(name):
-    w = make(7)
-    for columns in (w.per_token, w.per_sequence):
-        columns.pop(NEEDS[name], None)
-    with pytest.raises(ValueError, match=NEEDS[name]):
-        ours(name, {}, w)
-
-
 # -- planted mistakes --------------------------------------------------------------------------------------------------
 MUTANTS = {
     "odpo": (pairwise.ODPO, "offset", lambda f: lambda self, batch: -f(self, batch)),
@@ -263,6 +155,9 @@ MUTANTS = {
     "dr_dpo": (stepwide.DrDPO, "column", lambda f: lambda *args: f(*args) if args[1] != "dr_weight" else 1.0),
     "alpha_dpo": (stepwide.AlphaDPO, "log_ratios", lambda f: stepwide.Stepwide.log_ratios),
     "group_robust_dpo": (stepwide.GroupRobustDPO, "pair_weight", lambda f: lambda *args: None),
+    "mppo": (contrastive_lists.MPPO, "scores", lambda f: contrastive_lists.ListLoss.scores),
+    "gvpo": (contrastive_lists.GVPO, "scores", lambda f: lambda *args: f(*args) * 2),
+    "exo": (contrastive_lists.EXO, "log_target", lambda f: lambda *args: -f(*args)),
     "fdpo": (stepwide.FilteredDPO, "pair_weight", lambda f: lambda *args: f(*args).clamp(max=1.0)),
 }
 

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
-from harness import check_accuracy, check_chunks, check_far, check_paper, check_step, world
+from harness import batch_of, check_accuracy, check_chunks, check_far, check_paper, check_step, ours, world
+from oracle import assert_same, plain_statistics
 from papers_preference import PAPERS
 
-from fastrl import losses
+from fastrl import TokenBatch, TokenStats, fused_loss, loss_from_logprobs, losses
 from fastrl.losses import kto, preference, reference_free
 from fastrl.objective import scope_of
+from fastrl.tokens import compact
 
 NAMES = [*preference.PREFERENCE, *kto.UNPAIRED, *reference_free.REFERENCE_FREE]
 DIVERGENCES = [{"f_divergence": k} for k in preference.F_DIVERGENCES[1:]]
@@ -101,3 +103,190 @@ def test_policies_far_apart_stay_finite(name, i):
 @pytest.mark.parametrize("name", CASES)
 def test_rule7(name, dtype):
     check_accuracy(name, CASES[name][0], PAPERS[name], lambda seed, d: world_of(name, seed, d), dtype)
+
+
+# -- what theory says of particular points -----------------------------------------------------------------------------
+def flat(logp, ref=None, lengths=(2, 3), **fields) -> TokenBatch:
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return TokenBatch(torch.zeros(sum(lengths), dtype=torch.long), cu_seqlens=cu, ref_logprobs=ref, **fields)
+
+
+LOG2 = math.log(2)
+AT_REFERENCE = {  # loss where the policy is the reference, beta 0.1
+    "dpo": LOG2, "sigmoid_norm": LOG2, "robust": LOG2, "hinge": 1, "ipo": 25, "nca_pair": 2 * LOG2,
+    "bco_pair": 2 * LOG2, "sppo_hard": 50, "apo_zero": 1, "apo_down": 1, "discopop": LOG2 / 2 + 0.5, "aot": LOG2,
+    "aot_unpaired": LOG2, "kto": 0.5, "apo_zero_unpaired": 0.5, "bco": LOG2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AT_REFERENCE)
+def test_at_the_reference(name):
+    logp = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.1], dtype=torch.float64, requires_grad=True)
+    fields = {"labels": torch.tensor([True, False]), "per_sequence": {"kl": torch.zeros(2)}}
+    out = loss_from_logprobs(losses.get(name), logp, flat(logp, logp.detach().clone(), **fields))
+    assert_same("loss", out.loss, torch.tensor(AT_REFERENCE[name], dtype=torch.float64), 1e-12)
+    [g] = torch.autograd.grad(out.loss, logp)
+    if name not in ("apo_down", "discopop"):  # up with the chosen, down with the rejected
+        assert (g[:2] <= 0).all() and (g[2:] >= 0).all()
+    for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert out.metrics[metric] == 0
+
+
+def test_divergences_agree_where_they_must():
+    """alpha = 2 is t - 1, alpha = 0 is 1 - 1/t (forward_kl), alpha -> 1 is log t; near t = 1 all but js are log t."""
+    u = torch.tensor([-3.0, -1e-6, 0.0, 1e-6, 2.0], dtype=torch.float64)
+    of = lambda **o: losses.get("dpo", **o).transform(u)  # noqa: E731
+    alpha = lambda a: of(f_divergence="alpha_divergence", f_alpha=a)  # noqa: E731
+    assert_same("2", alpha(2.0), u.exp() - 1, 1e-12)
+    assert_same("0", alpha(0.0), of(f_divergence="forward_kl"), 1e-12)
+    assert_same("1", alpha(1 + 1e-9), of(), 1e-8)
+    assert alpha(0.5)[3] == pytest.approx(1e-6, rel=1e-6)
+
+
+def test_robust_is_unbiased_under_flips():
+    """(1 - e) L(pair) + e L(pair flipped) of the corrected loss is DPO's loss, for every pair."""
+    g = torch.Generator().manual_seed(0)
+    logp, ref = torch.randn(2, 6, generator=g, dtype=torch.float64)
+    e, straight, flipped = 0.3, flat(logp, ref, (2, 4)), flat(logp, ref.roll(-2), (4, 2))
+    robust = losses.get("robust", label_smoothing=e, beta=0.9)
+    mixed = (1 - e) * loss_from_logprobs(robust, logp, straight).loss
+    mixed = mixed + e * loss_from_logprobs(robust, logp.roll(-2), flipped).loss
+    assert_same("mean", mixed, loss_from_logprobs(losses.get("dpo", beta=0.9), logp, straight).loss, 1e-12)
+
+
+def test_token_weights_and_references():
+    """Weights of 0 drop a token; references that share one column at weights 0.3 and 0.7 are that column."""
+    name, w = "dpo", world_of("dpo", 5)
+    w.per_token["token_weights"] = torch.rand(len(w.targets), dtype=torch.float64, generator=torch.Generator())
+    for options in ({}, {"ld_alpha": 0.4}, {"references": (("ref_logprobs", 0.5), ("second", -0.2))}):
+        check_paper(name, options, PAPERS[name], w)
+        check_step(name, options, w)
+    for name in ("kto", "ipo", "simpo"):
+        other = world_of(name, 5)
+        other.per_token["token_weights"] = w.per_token["token_weights"]
+        if name != "simpo":
+            check_paper(name, {}, PAPERS[name], other)
+    split = {"references": (("ref_logprobs", 0.3), ("ref_logprobs", 0.7))}
+    assert_same("loss", *(ours("dpo", o, world_of("dpo", 5))[0] for o in ({}, split)), 1e-12)
+
+
+def test_alphapo_of_long_answers_does_not_underflow():
+    """p = e^-4000 is 0 in every dtype; the reward -expm1(alpha 4000)/alpha is not used up before it must be."""
+    logp = torch.full((8,), -20.0).requires_grad_()
+    objective = losses.get("alphapo", alpha=0.01, length_normalised=False)
+    out = loss_from_logprobs(objective, logp, flat(logp, lengths=(4, 4)))
+    [g] = torch.autograd.grad(out.loss, logp)
+    assert out.loss.isfinite() and (g[:4] < 0).all() and (g[4:] > 0).all()
+    assert torch.exp(logp[:4].sum() * 2) == 0
+
+
+@pytest.mark.parametrize("p", [0.0, -1e-12, -1e-3, -5.0, -200.0])
+def test_odds_of_certain_and_hopeless_answers(p):
+    logp = torch.full((4,), p, dtype=torch.float32).requires_grad_()
+    out = loss_from_logprobs(losses.get("orpo"), logp, flat(logp, lengths=(2, 2)))
+    [g] = torch.autograd.grad(out.loss, logp)
+    assert out.loss.isfinite() and g.isfinite().all()
+    exact = p - math.log(-math.expm1(p)) if p < -1e-6 else None
+    if exact is not None:
+        assert float(reference_free.log_odds(logp.detach()[:1])[0]) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empty_answers_and_empty_batches(name):
+    """Empty sequences count as sequences without tokens; nothing is NaN, also where there is nothing at all."""
+    lengths = (3, 0, 2, 0, 0, 4, 0, 0, 0)[: 9 if name == "tpo" else 8]
+    w = world_of(name, 6, lengths=lengths)
+    loss, grads, metrics = ours(name, CASES[name][0], w)
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads) and grads[1].any()
+    assert all(torch.as_tensor(m).isfinite() for m in metrics.values())
+    empty = TokenBatch(
+        torch.zeros(0, dtype=torch.long), cu_seqlens=torch.zeros(1, dtype=torch.int32), labels=torch.zeros(0).bool(),
+        ref_logprobs=torch.zeros(0), group_ids=torch.zeros(0, dtype=torch.long),
+        per_sequence={"kl": torch.zeros(0), "density_ratio": torch.zeros(0)},
+    )  # fmt: skip
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(7, 4, requires_grad=True)
+    out = fused_loss(losses.get(name), hidden, weight, empty)
+    out.loss.backward()
+    assert out.loss == 0 and not weight.grad.any() and all(torch.as_tensor(m) == 0 for m in out.metrics.values())
+
+
+# -- statistics of the whole step over ranks ---------------------------------------------------------------------------
+def across(columns, batches: list[TokenBatch], stats: list[TokenStats]) -> list[dict]:
+    """What every rank's `columns` gives when `everywhere` gathers the k-th request of each rank, in rank order."""
+    asked: list[list[torch.Tensor]] = []
+    for batch, own in zip(batches, stats, strict=True):
+        asked.append([])
+        columns(batch, own, lambda x, seen=asked[-1]: (seen.append(x), x)[1])
+    made = []
+    for batch, own in zip(batches, stats, strict=True):
+        turn = iter(range(len(asked[0])))
+        made.append(columns(batch, own, lambda x, turn=turn: torch.cat([a[k] for k in [next(turn)] for a in asked])))
+    return made
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "sft", "kto", "apo_zero_unpaired", "bco", "cpo", "tpo"])
+def test_ranks_see_the_same_step(name):
+    w, objective = world_of(name, 7), losses.get(name)
+    logp = plain_statistics([w.hidden, w.weight, None], w.targets)["logprobs"]
+    parts = [batch_of(w, list(order)) for order in (range(12), range(6), range(6, 12))]
+    compacted = [(rows[b.mask], compact(b, -100)[0]) for rows, b in parts]
+    stats = [TokenStats(logprobs=logp[rows]) for rows, _ in compacted]
+    (whole, *ranks), (all_stats, *rank_stats) = [b for _, b in compacted], stats
+    [want] = across(objective.columns, [whole], [all_stats])
+    got = across(objective.columns, ranks, rank_stats)
+    for where, named in want.items():
+        for n, x in named.items():
+            assert_same(n, torch.cat([g[where][n] for g in got]), x, 1e-12)
+
+
+def test_equal_margins_are_each_given_their_own_place():
+    """Four equal pairs: each place of the sorted reference is used once, so the loss is what sorting gives."""
+    logp = torch.tensor([-1.0, -2.0] * 4, dtype=torch.float64)
+    ref = torch.tensor([-1.0, -2.0, -3.0, -1.0, -0.5, -2.5, -1.0, -1.5], dtype=torch.float64)
+    out = loss_from_logprobs(losses.get("aot", beta=1.0), logp, flat(logp, ref, (1,) * 8))
+    gaps = ref[0::2] - ref[1::2]
+    assert_same("loss", out.loss, torch.log1p(torch.exp(-(1.0 - gaps))).mean(), 1e-12)
+
+
+# -- what comes in wrong -----------------------------------------------------------------------------------------------
+BAD = [
+    ("dpo", {"beta": 0.0}, "beta must be in"), ("dpo", {"beta": math.nan}, "beta must be finite, got nan"),
+    ("dpo", {"label_smoothing": 0.5}, r"label_smoothing must be in \[0.0, 0.5\), got 0.5"),
+    ("exo_pair", {"label_smoothing": 0.0}, "label_smoothing must"), ("dpo", {"ld_alpha": 1.1}, "ld_alpha must be"),
+    ("dpo", {"f_divergence": "kl"}, "f_divergence is 'kl'; expected one of reverse_kl"),
+    ("dpo", {"f_alpha": math.inf}, "f_alpha must be finite"), ("discopop", {"tau": 0.0}, "tau must be"),
+    ("dpo", {"references": (("a", 1.0),), "reference_free": True}, "exclude each other"),
+    ("dpo", {"references": ("a",)}, "must be .column, finite weight. pairs, got 'a'"),
+    ("cpo", {"kind": "simpo"}, "kind is 'simpo'; expected one of sigmoid, hinge, ipo"),
+    ("bco", {"min_density_ratio": 3.0, "max_density_ratio": 2.0}, "must not exceed"),
+    ("kto", {"desirable_weight": -1.0}, "desirable_weight must be in"), ("simpo", {"gamma": math.inf}, "gamma must be"),
+    ("bco", {"delta": math.nan}, "delta must be finite"), ("tpo", {"nll_coef": -1.0}, "nll_coef must be in"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,options,message", BAD)
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        losses.get(name, **options)
+
+
+def test_missing_columns():
+    logp = torch.zeros(6)
+    for name, fields, message in (
+        ("dpo", {}, "DPO needs batch.ref_logprobs"),
+        ("kto", {"ref": logp, "labels": torch.ones(2).bool()}, r"kto needs batch.per_sequence\['kl'\]"),
+        ("kto", {"ref": logp, "per_sequence": {"kl": torch.zeros(2)}}, "KTO needs batch.labels"),
+        ("tpo", {"group_ids": torch.tensor([1, 1])}, "three sequences to a group"),
+        ("dpo", {"ref": logp, "lengths": (1, 2, 3)}, "odd 3 sequences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_from_logprobs(losses.get(name), logp, flat(logp, **{"lengths": (2, 4), **fields}))
+    with pytest.raises(ValueError, match="margin_coef needs batch.margins"):
+        loss_from_logprobs(losses.get("dpo", margin_coef=1.0), logp, flat(logp, logp, (2, 4)))
+    with pytest.raises(ValueError, match=r"per_token\['second'\]"):
+        loss_from_logprobs(losses.get("dpo", references=(("second", 1.0),)), logp, flat(logp, logp, (2, 4)))
+
+
+def test_sums_know_whether_a_reference_is_read():
+    assert losses.combined(["sft", "dpo"]).needs_reference and not losses.combined(["sft", "simpo"]).needs_reference
+    assert not losses.combined(["dpo", "hinge"], reference_free=True).needs_reference

@@ -29,7 +29,7 @@ import fastrl.losses.supervised as supervised
 import fastrl.ops.distill as distill
 from fastrl import TokenBatch, fused_loss, linear_cross_entropy, losses
 from fastrl.losses.supervised import unlikelihood
-from fastrl.objective import outputs_of
+from fastrl.objective import outputs_of, prepared
 
 EOS = 7
 
@@ -415,3 +415,18 @@ def test_the_step_is_prepared_as_a_whole():
     total = sum(float(b.per_token["sft_weight"].sum()) for _, b in parts)
     assert total == pytest.approx(float(w.mask.sum()), rel=1e-9)
     assert dataclasses.is_dataclass(objective)
+
+
+@pytest.mark.parametrize("name", ["rwr", "weighted_sft"])
+def test_ranks_share_their_normaliser(name):
+    """Two ranks, each with its own sequences and what `everywhere` gathers, add up to one."""
+    w, objective = step(), losses.get(name, **({"normalise": True} if name == "weighted_sft" else {}))
+    want, total, leaves = ours(objective, {}, w)[0], 0.0, w.leaves()
+    parts = [[0, 3, 4, 7, 11], [1, 2, 5, 6, 8, 9, 10]]
+    batches = [as_one_step(losses.get("nll"), [batch_of(w, part)], leaves)[0] for part in parts]
+    of = (lambda b: b.rewards) if name == "rwr" else (lambda b: b.per_token["weights"])
+    gathered = torch.cat([of(b) for _, b in batches])
+    for rows, batch in batches:
+        [made] = prepared(objective, [batch], everywhere=lambda x: gathered)
+        total = total + fused_loss(objective, leaves[0][rows], leaves[1], made).loss
+    assert_same("loss", total, want, 1e-10)

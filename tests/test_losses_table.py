@@ -38,11 +38,21 @@ def inspected(text: str) -> bool:
     return isinstance(text, str) and text.strip() == text != "" and "\n" not in text and text.isascii()
 
 
+# Bounds for which an infinity means no bound; options whose message names the bound that they become.
+UNBOUNDED = {
+    **dict.fromkeys(("dual_clip", "delta", "ratio_max", "clip_high", "behaviour_cap", "cov_high"), math.inf),
+    "cov_low": -math.inf,
+}
+NAMED_AS = {"alpha": "beta", "ratio_min": "ratio", "ratio_max": "ratio", "behaviour_cap": "high"}
+NAMED_AS |= {"clip_low": "bounds of the ratio", "clip_high": "bounds of the ratio"}
+
+
 @pytest.mark.parametrize("name,option", NUMBERS)
 def test_every_number_is_checked(name, option):
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match=option):
-            losses.get(name, **{option: bad})
+        if bad != UNBOUNDED.get(option):
+            with pytest.raises(ValueError, match=f"{option}|{NAMED_AS.get(option, option)}"):
+                losses.get(name, **{option: bad})
 
 
 def test_sources_are_distinct():
@@ -50,7 +60,7 @@ def test_sources_are_distinct():
     seen: dict[tuple, str] = {}
     for name in losses.names():
         one = card.card(name)
-        key = (one.kind.paper, one.kind.formula, one.scope, one.aggregate, one.defaults)
+        key = (one.kind.paper, one.kind.formula, one.scope, one.aggregate, one.options)
         assert key not in seen, f"{name} and {seen[key]} say the same"
         seen[key] = name
 
@@ -75,7 +85,7 @@ def test_scope_and_cost(name):
 
 READS = {
     "nll": set(),
-    "grpo": {"old_logprobs [T]", "ref_logprobs [T]", "advantages [T] or [S]"},
+    "grpo": {"old_logprobs [T]", "ref_logprobs [T]", "rollout_logprobs [T]", "advantages [T] or [S]"},
     "sppo": {"ref_logprobs [T]", 'per_sequence["win_rate"] [S]', 'per_token["token_weights"] [T]'},
     "nash_md": {"ref_logprobs [T]", 'per_sequence["win_rate"] [S]'},
     "rebel": {"old_logprobs [T]", "rewards [S]", "margins [P]", 'per_token["token_weights"] [T]'},

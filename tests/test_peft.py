@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
 import torch
 import zoo
+from oracle import Watch
 from test_integrations_trainer import train
 from test_integrations_transformers import gradients, inputs
 
-from fastrl.integrations import DeferredLogits, causal_lm_of, deferring, head_of
+from fastrl.integrations import DeferredLogits, causal_lm_of, deferring, head_of, heads
 from fastrl.integrations import linear as forms
 from fastrl.integrations.transformers import patch, unpatch
 from fastrl.models import UnsupportedModelError
@@ -147,6 +149,17 @@ def test_float32_adapters_over_bfloat16():
         assert flat[0].dtype == torch.float32 and error <= 1.5 * allowed + 2**-8 * flat[2].norm()
 
 
+def test_no_logits_are_formed_with_an_adapter_on_the_head():
+    size, rank, rows, length = 4001, 8, 4, 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(zoo.make("llama", vocab_size=size), peft.LoraConfig(target_modules=["lm_head"]))
+    patch(model, workspace_bytes=1 << 18)
+    with Watch() as watch:
+        model(**inputs(rows=rows, length=length)).loss.backward()
+    assert watch.largest <= size * (32 + rank) < rows * length * size
+
+
 # -- adapters come and go ----------------------------------------------------------------------------------------------
 def test_disabled_merged_and_switched():
     plain = adapted(**CONFIGS["body and head"])
@@ -209,6 +222,27 @@ def test_generation_and_saving_are_unchanged(tmp_path):
     torch.testing.assert_close(again(**inputs()).loss, plain(**inputs()).loss, atol=0, rtol=1e-6)
 
 
+def test_sharded(tmp_path):
+    """Sharding gives PEFT's wrapper a class of its own, and its weights are DTensors outside of its call."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    plain = adapted(**CONFIGS["body and head"])
+    mine = patch(copy.deepcopy(plain))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh, inner = dist.init_device_mesh("cpu", (1,)), causal_lm_of(mine)
+        for module in (*inner.model.layers, inner.lm_head, mine):
+            fully_shard(module, mesh=mesh)
+        want, got = plain(**inputs()).loss, mine(**inputs()).loss
+        torch.testing.assert_close(got, want, atol=0, rtol=1e-5)
+        theirs, ours = gradients(plain, want), gradients(mine, got)
+        torch.testing.assert_close({n: g.full_tensor() for n, g in ours.items()}, theirs, atol=1e-6, rtol=1e-5)
+        assert isinstance(unpatch(mine)(**inputs()).logits, torch.Tensor)
+    finally:
+        dist.destroy_process_group()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("config", "message"),
@@ -234,19 +268,26 @@ def test_adapters_by_row_are_refused():
 
 
 # -- mistakes that must not pass ---------------------------------------------------------------------------------------
-def _without_scale(form):
-    def wrong(module, hidden):
-        made = form(module, hidden)
-        width = module.base_layer.in_features
-        return made._replace(hidden=torch.cat([made.hidden[..., :width], made.hidden[..., width:] / 1.5], -1))
+def _changed(change):
+    def plant(monkeypatch):
+        own = forms.parts_of
+        monkeypatch.setattr(forms, "parts_of", lambda module: dataclasses.replace(own(module), **change(own(module))))
 
-    return wrong
+    return plant
+
+
+def _frozen(monkeypatch):
+    def frozen(module, hidden):
+        made = forms.linear_form(module, hidden)
+        return made._replace(weight=made.weight.detach())
+
+    monkeypatch.setattr(heads, "linear_form", frozen)
 
 
 MUTANTS = {
-    "adapter ignored": lambda form: lambda module, hidden: forms.linear_form(module.base_layer, hidden),
-    "scale wrong": _without_scale,
-    "factor frozen": lambda form: lambda module, hidden: (f := form(module, hidden))._replace(weight=f.weight.detach()),
+    "adapter ignored": _changed(lambda parts: {"adapters": ()}),
+    "scale wrong": _changed(lambda parts: {"adapters": tuple(a._replace(scale=1.5 * a.scale) for a in parts.adapters)}),
+    "factor frozen": _frozen,
 }
 
 
@@ -255,6 +296,6 @@ def test_a_planted_mistake_is_seen(mutant, monkeypatch):
     plain = adapted(**CONFIGS["body and head"])
     mine = patch(copy.deepcopy(plain))
     assert_same(plain, mine)
-    monkeypatch.setattr(forms, "_low_rank", MUTANTS[mutant](forms._low_rank))
+    MUTANTS[mutant](monkeypatch)
     with pytest.raises(AssertionError):
         assert_same(plain, mine)

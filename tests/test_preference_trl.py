@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from oracle import assert_same
 from torch import Tensor
 
 from fastrl import TokenBatch, TokenStats, loss_from_logprobs, losses
+from fastrl.data import encode_kto
+from fastrl.models import load_tokenizer
+from fastrl.train.stages.kto import mismatched
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 pytest.importorskip("trl", minversion="1.16")
 from trl.experimental.cpo.cpo_trainer import CPOTrainer  # noqa: E402
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer  # noqa: E402
@@ -237,3 +243,33 @@ def test_tpo(options, theirs):
     for name, value in trainer._metrics["train"].items():
         if name.startswith(("rewards/", "logps/")):
             assert_same(name, out.metrics[name].double(), torch.tensor(value[0]).double(), 1e-5)
+
+
+# -- rows of `fastrl kto` ----------------------------------------------------------------------------------------------
+PAIRED = [
+    {"prompt": "1+1=", "chosen": "2", "rejected": "3 ?"}, {"prompt": "2+7=", "chosen": "9", "rejected": "27"},
+    {"prompt": "a b", "chosen": " c", "rejected": "ab"}, {"chosen": "3+4=7", "rejected": "3+4=8"},
+]  # fmt: skip
+SINGLE = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}", "label": i % 2 == 0} for i in range(5)]
+
+
+@pytest.mark.parametrize("rows", [PAIRED, PAIRED[3:], SINGLE], ids=["pairs", "implicit prompt", "single"])
+def test_rows_of_kto(rows, tmp_path):
+    """The same tokens, labels and mismatched answers."""
+    datasets = pytest.importorskip("datasets")
+    rows = [r for r in rows if ("prompt" in r) == ("prompt" in rows[0])]
+    tokenizer = load_tokenizer(tiny.make_model(tmp_path))
+    trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=True, desirable_weight=1.0, undesirable_weight=1.0)
+    args = SimpleNamespace(max_length=64, dataset_num_proc=None, per_device_train_batch_size=100)
+    table = datasets.Dataset.from_list(rows)
+    theirs = kto_trainer.KTOTrainer._prepare_dataset(trainer, table, tokenizer, args, "train")
+    ours, _ = encode_kto(rows, tokenizer)
+    other = sorted((r["prompt_ids"] + r["completion_ids"], r["label"]) for r in theirs)
+    assert sorted((s.input_ids, s.fields["label"]) for s in ours) == other
+    lengths = {tuple(r["prompt_ids"] + r["completion_ids"]): len(r["prompt_ids"]) for r in theirs}
+    assert all(s.prompt_length == lengths[tuple(s.input_ids)] for s in ours)
+    by_ids = {(tuple(s.input_ids), s.fields["label"]): s for s in ours}
+    in_order = [by_ids[tuple(r["prompt_ids"] + r["completion_ids"]), r["label"]] for r in theirs]
+    for i, row in enumerate(theirs):
+        made = mismatched(in_order[i], in_order[i - 1], None)
+        assert made.input_ids == row["prompt_ids"] + row["KL_completion_ids"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_train import records, same, weights
 
 from fastrl import losses
-from fastrl.data import DataError, encode_kto
+from fastrl.data import DataError, encode_dpo, encode_kto
 from fastrl.data.types import Sample
 from fastrl.models import load_tokenizer
 from fastrl.train import DPOConfig, run
@@ -56,7 +56,7 @@ def kto_config(place, out, **options):
 # -- kto ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["kto", "bco"])
 def test_it_starts_where_it_must_and_learns(name, place, tmp_path):
-    out = run(kto_config(place, tmp_path, loss_type=name, max_steps=8, eval_strategy="steps", eval_steps=4)).output_dir
+    out = run(kto_config(place, tmp_path, loss_type=name, max_steps=6, eval_strategy="steps", eval_steps=3)).output_dir
     at_zero = math.log(2) if name == "bco" else 0.5
     assert records(out, "loss")[0] == pytest.approx(at_zero, abs=1e-5)
     assert records(out, "rewards/margins")[-1] > 0 and records(out, "loss")[-1] < at_zero
@@ -67,7 +67,7 @@ def test_it_starts_where_it_must_and_learns(name, place, tmp_path):
 
 def test_kto_is_the_same_under_every_token_budget(place, tmp_path):
     large, small = (
-        run(kto_config(place, tmp_path / str(n), max_tokens_per_device=n, max_steps=3)).output_dir for n in (4096, 20)
+        run(kto_config(place, tmp_path / str(n), max_tokens_per_device=n, max_steps=2)).output_dir for n in (4096, 20)
     )
     for key, rel in (("loss", 1e-5), ("grad_norm", 1e-4), ("kl", 1e-3), ("rewards/chosen", 1e-3)):
         assert records(large, key) == pytest.approx(records(small, key), rel=rel, abs=1e-5)
@@ -122,6 +122,16 @@ def test_pairs_are_split_into_single_answers(place):
         encode_kto([{"prompt": "1+1=", "completion": "2"}], tokenizer)
 
 
+def test_scores_of_pairs_become_rewards(place):
+    tokenizer = load_tokenizer(place["model"])
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3", "score_chosen": 7, "score_rejected": 1.5}] * 2
+    samples, _ = encode_dpo(rows, tokenizer)
+    assert [s.fields["reward"] for s in samples] == [7.0, 1.5] * 2
+    with pytest.raises(DataError, match="score_chosen and score_rejected must be numbers"):
+        encode_dpo([rows[0], {**rows[1], "score_chosen": None}], tokenizer)
+    assert "reward" not in encode_dpo([{**rows[0], "score_chosen": "good"}], tokenizer)[0][0].fields
+
+
 def test_uneven_labels_are_noted(place, tmp_path):
     samples = [Sample.from_parts([1], [2], label=i < 3) for i in range(4)]
     config = kto_config(place, tmp_path)
@@ -141,7 +151,7 @@ def dpo_config(place, out, **options):
     return config_of(DPOConfig, place, out, **options)
 
 
-EVERY = (*dpo_flags.AGAINST_REFERENCE, *dpo_flags.WITHOUT_REFERENCE)
+EVERY = (*dpo_flags.AGAINST_REFERENCE, *dpo_flags.WITHOUT_REFERENCE, *dpo_flags.WITH_SCORES)
 
 
 def one_step(stage, log) -> tuple[float, dict[str, float], bool]:
@@ -160,6 +170,8 @@ def one_step(stage, log) -> tuple[float, dict[str, float], bool]:
 def test_every_loss_type_makes_a_step(place, tmp_path):
     config = dpo_config(place, tmp_path, max_tokens_per_device=40)
     stage = build(config, Run(tmp_path, None, [])).stage
+    for i, item in enumerate(stage.items):
+        item[0].fields["reward"], item[1].fields["reward"] = 1.0 + i % 3, -0.5
     with MetricsLogger(config, 99) as log:
         for name in EVERY:
             smoothing = {"label_smoothing": 0.01} if name == "exo_pair" else {}
@@ -195,14 +207,18 @@ def test_lists_with_weights_modifiers_and_names_of_trl(place, tmp_path):
 
 
 def test_flags_that_no_loss_has_are_refused(place, tmp_path):
-    with pytest.raises(ValueError, match="none of hinge has an option 'label_smoothing'"):
-        objective_of(dpo_config(place, tmp_path, loss_type="hinge", label_smoothing=0.1))
+    for name, flag in (("hinge", {"label_smoothing": 0.1}), ("d2po", {"simpo_gamma": 0.2}), ("dpo", {"alpha": 0.1})):
+        with pytest.raises(ConfigError, match=f"--{next(iter(flag))} 0.[12] changes nothing in {name}; drop it"):
+            objective_of(dpo_config(place, tmp_path, loss_type=name, **flag))
+    assert objective_of(dpo_config(place, tmp_path, loss_type="d2po")).gamma == losses.get("d2po").gamma
     with pytest.raises(ConfigError, match="give one for each"):
         dpo_config(place, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0])
     with pytest.raises(ConfigError, match="1e-3"):
         dpo_config(place, tmp_path, loss_type="exo_pair")
     with pytest.raises(ConfigError, match="did you mean sigmoid"):
         dpo_config(place, tmp_path, loss_type="sigmod")
+    with pytest.raises(DataError, match="odpo reads how much better .* score_chosen"):
+        build(dpo_config(place, tmp_path, loss_type="odpo"), Run(tmp_path, None, []))
     with pytest.raises(ConfigError, match="no reference model"):
         dpo_config(place, tmp_path, loss_type="simpo", sync_ref_model=True)
 

@@ -14,11 +14,8 @@ from fastrl.advantages.returns import (
     discounted_returns,
     gae,
     length_adaptive_lambda,
-    optimal_token_baseline,
-    reinforce_pp_tokens,
     reverse_scan,
     vapo,
-    whitened,
 )
 from fastrl.advantages.running import RunningBaseline
 from fastrl.advantages.sequences import (
@@ -31,6 +28,7 @@ from fastrl.advantages.sequences import (
     peer_groups,
 )
 from fastrl.advantages.shaping import kl_penalised, length_penalised, soft_overlong, token_rewards
+from fastrl.advantages.tokenwise import optimal_token_baseline, process_grpo, reinforce_pp_tokens, whitened
 
 COLUMNS = ("lengths", "greedy_rewards", "components", "weights")  # what an estimator may ask for beside the rewards
 
@@ -93,6 +91,7 @@ __all__ = [
     "optimal_token_baseline",
     "optimal_values",
     "peer_groups",
+    "process_grpo",
     "reinforce_pp_tokens",
     "reverse_scan",
     "soft_overlong",

@@ -112,3 +112,16 @@ def z_score(
     scale = (std.square() + eps).sqrt()
     made = torch.where(std > 0, c / torch.where(std > 0, scale, 1.0), 0.0)
     return made if shift_mean else torch.where(pool.seen, made + r - c, 0.0)
+
+
+def scored(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Pools]:
+    """rewards [S] as float64 (near ties such as 1 and 1.00001 keep sign and size), and the groups of the scored."""
+    if rewards.shape != group_ids.shape or rewards.dim() != 1:
+        raise ValueError(f"rewards is {list(rewards.shape)} but group_ids {list(group_ids.shape)}; expected [S] both")
+    r = rewards.detach().double()
+    return r, Pools.of_groups(~torch.isnan(r), group_ids)
+
+
+def given(made: Tensor, rewards: Tensor) -> Tensor:
+    """The result in the dtype of the rewards (at least float32), 0 where it is undefined."""
+    return torch.where(torch.isnan(made), 0.0, made).to(torch.promote_types(rewards.dtype, torch.float32))

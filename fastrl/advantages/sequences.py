@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrl.advantages.pools import Everywhere, Pools, alone, z_score
+from fastrl.advantages.pools import Everywhere, Pools, alone, given, scored, z_score
+from fastrl.advantages.subsets import pass_at_k, pass_at_k_best, pkpo
 
 EPS = 1e-4  # TRL's; keeps near-tied groups finite without drowning real differences
 SCALES = ("group", "batch", "none")
@@ -37,7 +38,7 @@ def group_normalised(
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}")
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     made = normalised(rewards, group_ids, std=scale, everywhere=everywhere)
     # The std of the group is reported for its unscored completions too.
     std = Pools(torch.ones_like(groups.seen), groups.index, groups.count).greatest(groups.std(r))
@@ -67,7 +68,7 @@ def normalised(
             raise ValueError(f"{name} is {level!r}; expected one of {', '.join(SCALES)}")
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     pools = {"group": groups, "batch": Pools.of_all(groups.seen, everywhere)}
     made = torch.where(groups.seen, r, 0.0)
     if mean != "none":
@@ -78,7 +79,7 @@ def normalised(
     if std != "none":
         spread = pools[std].std_of_others(r, unbiased) if leave_one_out_std else pools[std].std(r, unbiased)
         made = torch.where(spread > 0, made / torch.where(spread > 0, spread + eps, 1.0), made)
-    return _given(made, rewards)
+    return given(made, rewards)
 
 
 # -- one group after the other -----------------------------------------------------------------------------------------
@@ -103,73 +104,28 @@ def rloo(
     made = normalised(rewards, group_ids, std="none", leave_one_out=True)
     if not normalise:
         return made
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     compared = Pools.of_all(groups.seen & (groups.size(r) > 1), everywhere)
     spread = compared.std(made.double())
-    return _given(compared.centred(made.double()) / torch.where(spread > 0, spread + eps, 1.0), rewards)
+    return given(compared.centred(made.double()) / torch.where(spread > 0, spread + eps, 1.0), rewards)
 
 
 @torch.no_grad()
 def opo(rewards: Tensor, group_ids: Tensor, *, lengths: Tensor) -> Tensor:
     """R - sum_j n_j R_j / sum_j n_j over the group (OPO, Hao et al. 2025, arXiv:2505.23585): the baseline of least
     variance where gradient norms grow with length. lengths: [S] trained tokens n."""
-    r, groups = _scored(rewards, group_ids)
-    return _given(groups.centred(r, _positive_lengths(lengths, r)), rewards)
+    r, groups = scored(rewards, group_ids)
+    return given(groups.centred(r, _positive_lengths(lengths, r)), rewards)
 
 
 @torch.no_grad()
 def max_rl(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """(R - mean_g) / mean_g, and 0 where mean_g <= 0: hard prompts count most (MaxRL, Tajwar et al. 2026,
     arXiv:2602.02710)."""
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     mean = groups.total(r) / groups.size(r).clamp(min=1)
     made = groups.centred(r) / torch.where(mean > 0, mean, 1.0)
-    return _given(torch.where(mean > 0, made, 0.0), rewards)
-
-
-@torch.no_grad()
-def pass_at_k_best(rewards: Tensor, group_ids: Tensor, *, normalise: bool = False, eps: float = EPS) -> Tensor:
-    """R_best - R_second for the best completion of the group, 0 for the others (Tang et al. 2025, arXiv:2503.19595).
-
-    normalise: / (std_g + eps). Tied bests have difference 0.
-    """
-    r, groups = _scored(rewards, group_ids)
-    best = groups.greatest(r)
-    is_best = groups.seen & (r == best)
-    alone_at_the_top = is_best & (groups.total(is_best.double()) == 1) & (groups.size(r) > 1)
-    rest = Pools(groups.seen & ~is_best, groups.index, groups.count).greatest(r)
-    made = torch.where(alone_at_the_top, r - rest, 0.0)
-    return _given(made / (groups.std(r) + eps) if normalise else made, rewards)
-
-
-@torch.no_grad()
-def pass_at_k(rewards: Tensor, group_ids: Tensor, *, k: int = 4) -> Tensor:
-    """The mean advantage of a completion over all k-subsets that it is in, each paid if one of it is right.
-
-    With N scored completions of which W are wrong (reward <= 0), p = 1 - C(W, k)/C(N, k), sd = sqrt(p (1 - p)):
-    right ones get (1 - p)/sd, wrong ones (1 - p - C(W-1, k-1)/C(N-1, k-1))/sd; 0 where sd = 0 or N < k
-    (Chen et al. 2025, arXiv:2508.10751, analytical derivation).
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    r, groups = _scored(rewards, group_ids)
-    wrong = groups.seen & (r <= 0)
-    n, w = groups.size(r), groups.total(wrong.double())
-    none_right = _share_of_subsets(w, n, k)
-    none_right_with_me = _share_of_subsets(w - 1, n - 1, k - 1)
-    # sd = 0 exactly where every subset is right or none is: decided on counts, not on rounded shares.
-    mixed = groups.seen & (n >= k) & (w >= k) & (w < n)
-    sd = torch.where(mixed, none_right * (1 - none_right), 1.0).sqrt()
-    made = (none_right - torch.where(wrong, none_right_with_me, 0.0)) / sd
-    return _given(torch.where(mixed, made, 0.0), rewards)
-
-
-def _share_of_subsets(of: Tensor, n: Tensor, k: int) -> Tensor:
-    """C(of, k) / C(n, k) = prod_{j < k} (of - j) / (n - j), and 0 where of < k."""
-    share = torch.ones_like(n)
-    for j in range(k):
-        share = share * (of - j).clamp(min=0) / (n - j).clamp(min=1)
-    return share
+    return given(torch.where(mean > 0, made, 0.0), rewards)
 
 
 @torch.no_grad()
@@ -178,16 +134,16 @@ def optimal_values(rewards: Tensor, group_ids: Tensor, *, beta: float = 0.5) -> 
     (A*-PO, Brantley et al. 2025, arXiv:2505.20686); for every completion of the group, 0 if none is scored."""
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     best, n = groups.greatest(r), groups.size(r)
     mean = groups.total(torch.exp((r - best) / beta)) / n.clamp(min=1)
-    return _given(torch.where(n > 0, best + beta * torch.where(n > 0, mean, 1.0).log(), 0.0), rewards)
+    return given(torch.where(n > 0, best + beta * torch.where(n > 0, mean, 1.0).log(), 0.0), rewards)
 
 
 @torch.no_grad()
 def a2po(rewards: Tensor, group_ids: Tensor, *, beta: float = 0.5) -> Tensor:
     """R - V*: the optimal advantage that A*-PO regresses on (arXiv:2505.20686)."""
-    return _given(rewards.double() - optimal_values(rewards.double(), group_ids, beta=beta), rewards)
+    return given(rewards.double() - optimal_values(rewards.double(), group_ids, beta=beta), rewards)
 
 
 # -- the batch as well -------------------------------------------------------------------------------------------------
@@ -208,8 +164,8 @@ def reinforce_pp(
     """z-score of R over the tokens of the batch: REINFORCE++ (Hu et al. 2025, arXiv:2501.03262) without discount or KL,
     for which see reinforce_pp_tokens. lengths: [S] trained tokens; None: every completion counts once.
     """
-    r, groups = _scored(rewards, group_ids)
-    return _given(_over_tokens(r, groups.seen, lengths, eps, everywhere), rewards)
+    r, groups = scored(rewards, group_ids)
+    return given(_over_tokens(r, groups.seen, lengths, eps, everywhere), rewards)
 
 
 @torch.no_grad()
@@ -222,8 +178,8 @@ def reinforce_pp_baseline(
     everywhere: Everywhere = alone,
 ) -> Tensor:
     """z-score of R - mean_g over the tokens of the batch (Hu et al. 2025, REINFORCE++-baseline)."""
-    r, groups = _scored(rewards, group_ids)
-    return _given(_over_tokens(groups.centred(r), groups.seen, lengths, eps, everywhere), rewards)
+    r, groups = scored(rewards, group_ids)
+    return given(_over_tokens(groups.centred(r), groups.seen, lengths, eps, everywhere), rewards)
 
 
 def _over_tokens(x: Tensor, seen: Tensor, lengths: Tensor | None, eps: float, everywhere: Everywhere) -> Tensor:
@@ -248,11 +204,11 @@ def gpg(
     """
     if valid not in ("mixed_groups", "nonzero_reward"):
         raise ValueError(f"valid is {valid!r}; expected mixed_groups or nonzero_reward")
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     everyone = Pools.of_all(groups.seen, everywhere)
     counted = groups.greatest(r) > groups.least(r) if valid == "mixed_groups" else r != 0
     share = everyone.size(r) / everyone.total(counted.double()).clamp(min=1)
-    return _given(groups.centred(r) * share / scale, rewards)
+    return given(groups.centred(r) * share / scale, rewards)
 
 
 @torch.no_grad()
@@ -271,7 +227,7 @@ def gdpo(
     components: [S, K] float, NaN where a function gave no score; weights: [K], default 1 each. rewards only tells which
     completions are unscored; those whose components are all NaN are too.
     """
-    r, groups = _scored(rewards, group_ids)
+    r, groups = scored(rewards, group_ids)
     if components.dim() != 2 or components.shape[0] != r.shape[0]:
         raise ValueError(f"components must be [S={r.shape[0]}, K], got {list(components.shape)}")
     if weights is not None and weights.shape != components.shape[1:]:
@@ -283,7 +239,7 @@ def gdpo(
     seen = groups.seen & ~torch.isnan(components).all(1)
     pool = Pools.of_all(seen, everywhere)
     spread = pool.std(total)
-    return _given(pool.centred(total) / torch.where(spread > 0, spread + eps, 1.0), rewards)
+    return given(pool.centred(total) / torch.where(spread > 0, spread + eps, 1.0), rewards)
 
 
 # -- a baseline from elsewhere -----------------------------------------------------------------------------------------
@@ -295,7 +251,7 @@ def remax(rewards: Tensor, group_ids: Tensor, *, greedy_rewards: Tensor) -> Tens
     """
     if greedy_rewards.shape != rewards.shape:
         raise ValueError(f"greedy_rewards must be [S={rewards.shape[0]}], got {list(greedy_rewards.shape)}")
-    return _given(rewards.double() - greedy_rewards.double(), rewards)
+    return given(rewards.double() - greedy_rewards.double(), rewards)
 
 
 def raw(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -316,6 +272,7 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "gpg": gpg,
     "pass_at_k_best": pass_at_k_best,
     "pass_at_k": pass_at_k,
+    "pkpo": pkpo,
     "max_rl": max_rl,
     "gdpo": gdpo,
     "a2po": a2po,
@@ -328,18 +285,6 @@ def peer_groups(*ids: Tensor) -> Tensor:
     """[S] one id for each combination of these ids [S]: completions of one prompt in one role, say, who are then
     compared with their peers only (hierarchical GRPO)."""
     return torch.unique(torch.stack(ids), dim=1, return_inverse=True)[1]
-
-
-def _scored(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Pools]:
-    """rewards as float64 (near ties such as 1 and 1.00001 keep their sign and size), and the groups of the scored."""
-    if rewards.shape != group_ids.shape or rewards.dim() != 1:
-        raise ValueError(f"rewards is {list(rewards.shape)} but group_ids {list(group_ids.shape)}; expected [S] both")
-    r = rewards.detach().double()
-    return r, Pools.of_groups(~torch.isnan(r), group_ids)
-
-
-def _given(made: Tensor, rewards: Tensor) -> Tensor:
-    return torch.where(torch.isnan(made), 0.0, made).to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def _positive_lengths(lengths: Tensor, r: Tensor) -> Tensor:

@@ -10,10 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrl.data.load import Rows
-from fastrl.data.tokenize import Limits, encode_dpo
+from fastrl.data.tokenize import Limits, encode_dpo, encode_sft
 from fastrl.data.types import SHOWN, DataError, Dropped, Report, Sample, excerpt, listed
 
 STEP_COLUMNS = ("prompt", "completions", "labels")
+PAIR_COLUMNS = {  # what a preference dataset may say of a pair beside its answers, and what that must be
+    "margin": ("a finite number", lambda x: _is_number(x) and math.isfinite(x)),
+    "preference": ("a number between 0 and 1", lambda x: _is_number(x) and 0 <= x <= 1),
+    "tie": ("true or false", lambda x: isinstance(x, bool)),
+}
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 # -- reward models -----------------------------------------------------------------------------------------------------
@@ -23,8 +32,9 @@ def encode_reward(
     """Samples of a preference dataset, interleaved chosen, rejected; prompt and answer tokenised together.
 
     Each is read at its last token that is not pad_token_id (where transformers reads its score).
-    Sample.fields: "length" (tokens of the answer), and "margin" where the dataset has that column.
-    Raises DataError as encode_dpo, and for a margin that is no finite number.
+    Sample.fields: "length" (tokens of the answer), and of PAIR_COLUMNS those that the dataset has: "margin" (by how
+    much the chosen answer is better), "preference" (how surely it is), "tie" (neither is).
+    Raises DataError as encode_dpo, and for a column that is wrong or given for some pairs only.
     """
     table = rows if isinstance(rows, Rows) else Rows(rows)
     samples, report = encode_dpo(table, tokenizer, limits)
@@ -32,15 +42,49 @@ def encode_reward(
     for sample in samples:
         i = sample.fields["row"]
         fields = {"row": i, "length": float(sample.num_trained)}
-        margin = table[i].get("margin")
-        if margin is not None:
-            if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-                raise DataError(f"{table.where(i)}: margin is {excerpt(margin)}, expected a finite number")
-            fields["margin"] = float(margin)
+        for name, (wanted, fits) in PAIR_COLUMNS.items():
+            value = table[i].get(name)
+            if value is not None and not fits(value):
+                raise DataError(f"{table.where(i)}: {name} is {excerpt(value)}, expected {wanted}")
+            if value is not None:
+                fields[name] = float(value)
         made.append(read_at(sample.input_ids, [last_token(sample.input_ids, pad_token_id)], fields))
-    with_margin = sum("margin" in s.fields for s in made)
-    if 0 < with_margin < len(made):
-        raise DataError(f"{(len(made) - with_margin) // 2} of {len(made) // 2} pairs have no margin; give all or none")
+    for name in PAIR_COLUMNS:
+        given = sum(name in s.fields for s in made)
+        if 0 < given < len(made):
+            lacking = f"{(len(made) - given) // 2} of {len(made) // 2} pairs have no {name}"
+            raise DataError(f"{lacking}; give all or none")
+    return made, report
+
+
+ANSWER_COLUMNS = {  # column -> (field of the sample, what it must be, whether it is)
+    "label": ("label", *PAIR_COLUMNS["tie"]),
+    "score": ("reward", *PAIR_COLUMNS["margin"]),
+}
+
+
+def encode_answers(
+    rows: Rows | Sequence[dict],
+    tokenizer: Any,
+    limits: Limits | None = None,
+    pad_token_id: int | None = None,
+    column: str = "label",
+) -> tuple[list[Sample], Report]:
+    """Samples of single answers (prompt, completion) with a `label` (true: it is right) or a `score`, read as a pair's.
+
+    Sample.fields: "label" or "reward". Raises DataError as encode_sft, and for a column that is missing or wrong.
+    """
+    table = rows if isinstance(rows, Rows) else Rows(rows)
+    samples, report = encode_sft(table, tokenizer, limits)
+    field, wanted, fits = ANSWER_COLUMNS[column]
+    made = []
+    for sample in samples:
+        i = sample.fields["row"]
+        value = table[i].get(column)
+        if not fits(value):
+            raise DataError(f"{table.where(i)}: {column} is {excerpt(value)}, expected {wanted}")
+        at = last_token(sample.input_ids, pad_token_id)
+        made.append(read_at(sample.input_ids, [at], {"row": i, field: value if field == "label" else float(value)}))
     return made, report
 
 

@@ -8,6 +8,7 @@ Masks are by position, never by id. What does not fit is dropped whole and repor
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,18 +93,33 @@ def encode_dpo(
 ) -> tuple[list[Sample], Report]:
     """Samples of a preference dataset, interleaved: 2p is chosen, 2p+1 rejected. A pair is dropped as a whole.
 
-    Raises DataError as `encode_sft`.
+    Numbers in columns `score_chosen` and `score_rejected` become the field "reward".
+    Raises DataError as `encode_sft`, and where the first row has both scores and another has not.
     """
     limits = limits or Limits()
     table, form = _prepare(rows, tokenizer, "dpo")
-    report, samples = Report(total=len(table)), []
+    report, samples, scored = Report(total=len(table)), [], _scores(table, 0) is not None
     for i, (where, parts) in enumerate(_sequences(table, tokenizer, form)):
         # Both completions start at the same token: the earlier of the two borders (TRL `tokenize_fn`).
         start = min(prompt_length for _, prompt_length, _, _ in parts)
         report.moved_boundaries += any(moved for _, _, moved, _ in parts)
         pair = [_sample(ids, [t >= start for t in range(len(ids))], {"row": i}) for ids, _, _, _ in parts]
+        if scored:
+            scores = _scores(table, i)
+            if scores is None:
+                raise DataError(f"{where}: score_chosen and score_rejected must be numbers, as in the first row")
+            for sample, score in zip(pair, scores, strict=True):
+                sample.fields["reward"] = score
         samples += _fit(pair, where, limits, report)
     return samples, _accept(report, limits, samples)
+
+
+def _scores(table: _Table, i: int) -> tuple[float, float] | None:
+    """What row i says its chosen and its rejected are worth, where it says so in finite numbers."""
+    row = table.rows[i]
+    scores = tuple(row.get(name) for name in ("score_chosen", "score_rejected"))
+    numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in scores)
+    return tuple(map(float, scores)) if numbers else None
 
 
 def encode_kto(

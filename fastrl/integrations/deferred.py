@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.integrations.heads import Head, causal_lm_of, forward_as, head_module
-from fastrl.integrations.linear import base_of
+from fastrl.integrations.linear import parts_of
 from fastrl.models import LogitTransform, UnsupportedModelError
 from fastrl.objective import LossOutput, Objective
 from fastrl.tokens import TokenBatch, TokenStats
@@ -43,7 +43,7 @@ class DeferredLogits:
         """The head with what was recorded: softcap * tanh(scale * raw / softcap)."""
         if self.outer is None:
             return Head(self.module, LogitTransform(self.inner))
-        return Head(self.module, LogitTransform(self.inner * self.outer, self.outer))
+        return Head(self.module, LogitTransform(self.inner * self.outer, abs(self.outer)))  # tanh is odd
 
     def logprobs(self, targets: Tensor, **options: Any) -> TokenStats:
         """Statistics [...] of targets [...]. options: outputs, temperature, ... of `linear_logprobs`."""
@@ -64,7 +64,7 @@ class DeferredLogits:
     # -- what a tensor of this shape would say -------------------------------------------------------------------------
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], base_of(self.module).out_features))
+        return torch.Size((*self.hidden.shape[:-1], parts_of(self.module).linear.out_features))
 
     @property
     def device(self) -> torch.device:
@@ -110,12 +110,14 @@ class DeferredLogits:
     def __getitem__(self, index) -> DeferredLogits:
         """Of the leading dimensions: the vocabulary is whole or not there."""
         parts = list(index) if isinstance(index, tuple) else [index]
-        if Ellipsis in [part if part is Ellipsis else None for part in parts]:
-            at = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+        for at in dots[:1]:
             parts[at : at + 1] = [slice(None)] * (self.ndim - len(parts) + 1)
-        whole = len(parts) < self.ndim or (isinstance(parts[-1], slice) and parts[-1] == slice(None))
+        vocabulary = self.shape[-1]
+        every = isinstance(parts[-1], slice) and parts[-1].indices(vocabulary) == (0, vocabulary, 1)
+        whole = len(parts) < self.ndim or every
         several = any(isinstance(part, Tensor) and part.dtype == torch.bool and part.ndim > 1 for part in parts)
-        if len(parts) > self.ndim or not whole or None in [part if part is None else 0 for part in parts]:
+        if len(parts) > self.ndim or not whole or any(part is None or part is Ellipsis for part in parts):
             raise self._refusal(f"the slice {index!r}")
         if several and len(parts) > 1:  # a mask over two dimensions beside other indices
             raise self._refusal("a slice by a mask and more")

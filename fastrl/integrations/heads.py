@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastrl.integrations.linear import LinearForm, check_linear, linear_form
+from fastrl.integrations.linear import LinearForm, linear_form, parts_of
 from fastrl.models import LogitTransform, UnsupportedModelError
 from fastrl.objective import LossOutput, Objective
 from fastrl.ops import fused_loss, linear_cross_entropy, linear_logprobs
@@ -63,8 +63,6 @@ class Head:
         with forward_as(self.module, lambda h: operator(self.form(h), how)):
             return self.module(hidden)
 
-    _call = call
-
 
 @contextmanager
 def forward_as(module: nn.Module, function: Callable) -> Iterator[None]:
@@ -107,7 +105,7 @@ def head_module(lm: nn.Module) -> nn.Module:
     module = lm.get_output_embeddings()
     if module is None:
         raise UnsupportedModelError(f"{type(lm).__name__} has no LM head: get_output_embeddings() is None")
-    check_linear(module)
+    parts_of(module)
     return module
 
 

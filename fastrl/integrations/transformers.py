@@ -79,11 +79,14 @@ class CausalLMLoss:
 
 @dataclass(frozen=True)
 class Patch:
-    """What stands in a patched model's attributes. own: an instance's forward from before (accelerate's), if any."""
+    """What stands in a patched model's attributes.
 
-    loss: CausalLMLoss
-    only_training: bool
-    own: Callable | None = None
+    own: an instance's forward from before (accelerate's), if any. loss: None once it is unpatched inside a wrapper.
+    """
+
+    own: Callable | None
+    loss: CausalLMLoss | None
+    only_training: bool = False
 
 
 def patch(
@@ -105,8 +108,13 @@ def patch(
     Raises: UnsupportedModelError for a head that is not linear, or a loss function of the model's own, by name;
         ValueError if it is patched already.
     """
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModelError(
+            "torch.nn.DataParallel copies would call the first copy's forward; use one process a GPU"
+        )
     lm = causal_lm_of(model)
-    if KEY in vars(lm):
+    before = vars(lm).get(KEY)
+    if before is not None and before.loss is not None:
         raise ValueError(f"this {type(lm).__name__} is patched already; unpatch(model) first to change its options")
     if lm.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(lm).__name__} is an encoder-decoder, whose labels are not shifted")
@@ -115,9 +123,13 @@ def patch(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if label_smoothing and LogitTransform.of(lm.config).softcap is not None:
-        raise ValueError(f"{type(lm).__name__} caps its logits, and label_smoothing has no logits-free form under a cap")
-    setattr(lm, KEY, Patch(CausalLMLoss(workspace_bytes, label_smoothing), only_training, vars(lm).get("forward")))
-    lm.forward = types.MethodType(_fused_forward(type(lm)), lm)
+        raise ValueError(
+            f"{type(lm).__name__} caps its logits, and label_smoothing has no logits-free form under a cap"
+        )
+    own = vars(lm).get("forward") if before is None else before.own
+    setattr(lm, KEY, Patch(own, CausalLMLoss(workspace_bytes, label_smoothing), only_training))
+    if before is None:
+        lm.forward = types.MethodType(_fused_forward(type(lm)), lm)
     return model
 
 
@@ -128,13 +140,16 @@ def unpatch(model: nn.Module) -> nn.Module:
     wraps is from now on the model's own.
     """
     lm = causal_lm_of(model)
-    own = vars(lm).pop(KEY, None)
-    if own is None:
+    patched = vars(lm).get(KEY)
+    if patched is None or patched.loss is None:
         raise ValueError(f"this {type(lm).__name__} is not patched")
-    if getattr(vars(lm)["forward"], "__func__", None) is _fused_forward(type(lm)):
-        del lm.forward
-        if own.own is not None:
-            lm.forward = own.own
+    if getattr(lm.forward, "__func__", None) is not _fused_forward(type(lm)):
+        setattr(lm, KEY, Patch(patched.own, None))
+        return model
+    delattr(lm, KEY)
+    del lm.forward
+    if patched.own is not None:
+        lm.forward = patched.own
     return model
 
 
@@ -163,7 +178,8 @@ def _fused_forward(kind: type) -> Callable:
         patched = vars(self).get(KEY)
         call = types.MethodType(own, self) if patched is None or patched.own is None else patched.own
         labels = kwargs.get("labels", args[place] if place is not None and len(args) > place else None)
-        if patched is None or labels is None or (patched.only_training and not self.training):
+        off = patched is None or patched.loss is None or (patched.only_training and not self.training)
+        if off or labels is None:
             return call(*args, **kwargs)
         check_loss(self)
         with deferring(self), _loss_as(self, patched.loss):
@@ -174,8 +190,8 @@ def _fused_forward(kind: type) -> Callable:
 
 def _checked(outputs: Any, lm: nn.Module) -> Any:
     """Raises UnsupportedModelError if the model made logits in some other way than by calling its head."""
-    logits = outputs.get("logits") if isinstance(outputs, dict) else next(iter(outputs[1:]), None)
-    if not isinstance(logits, DeferredLogits):
+    made = outputs.values() if isinstance(outputs, dict) else outputs
+    if not any(isinstance(x, DeferredLogits) for x in made):
         raise UnsupportedModelError(f"{type(lm).__name__} makes its logits without calling its LM head as a module")
     return outputs
 

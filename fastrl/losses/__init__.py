@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fastrl.losses.clipped import CLIPPED, DAPO, GRPO, DrGRPO
 from fastrl.losses.combine import Sum
+from fastrl.losses.contrastive_lists import CONTRASTIVE_LISTS
 from fastrl.losses.covariance import COVARIANCE
 from fastrl.losses.distillation import DISTILLATION, REFUSED
 from fastrl.losses.kl import kl_estimate, safe_exp
@@ -26,6 +27,7 @@ from fastrl.losses.reward import REWARD
 from fastrl.losses.sequence_ratio import SEQUENCE_RATIO
 from fastrl.losses.stepwide import STEPWIDE
 from fastrl.losses.supervised import NLL, SUPERVISED
+from fastrl.losses.token_dpo import TOKEN_DPO
 from fastrl.losses.value import VALUE
 
 POLICY = {**CLIPPED, **RATIO, **SEQUENCE_RATIO, **COVARIANCE, **REGRESSION}
@@ -41,6 +43,8 @@ TABLE = {
     **NASH,
     **REGRESSION_PAIRS,
     **STEPWIDE,
+    **TOKEN_DPO,
+    **CONTRASTIVE_LISTS,
     **LISTWISE,
     **REWARD,
     **VALUE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ FIELDS = {
     **dict.fromkeys(("labels", "rewards", "group_ids"), "[S]"),
     "margins": "[P]",
 }
+OFF = ("False", "None", "()", "0.0", "0")
 BAR = "\\|"  # within a cell of a markdown table
 LETTERS = {"per_token": "[T]", "per_sequence": "[S]", "token": "[T]", "sequence": "[S]"}
 KNOWN_ONCE = {
@@ -34,7 +36,7 @@ KNOWN_ONCE = {
 
 @dataclass(frozen=True)
 class Card:
-    """One loss. options: (name, type, default as written in python); reads: columns of the batch, with their shapes."""
+    """One loss. options: (name, type, default as written in python)."""
 
     name: str
     kind: type
@@ -44,11 +46,16 @@ class Card:
     gemms: str
     frozen: str
     options: tuple[tuple[str, str, str], ...]
-    reads: tuple[str, ...]
 
     @property
     def defaults(self) -> str:
-        return ", ".join(f"{name}={value}" for name, _, value in self.options)
+        """Those that are not off."""
+        return ", ".join(f"{name}={value}" for name, _, value in self.options if value not in OFF)
+
+    @property
+    def reads(self) -> list[str]:
+        """Columns of the batch that the law may read, with their shapes."""
+        return columns(self.kind())
 
 
 def card(name: str) -> Card:
@@ -58,7 +65,7 @@ def card(name: str) -> Card:
     options = tuple((f.name, str(f.type), repr(getattr(own, f.name))) for f in dataclasses.fields(kind))
     unit = getattr(own, "unit", own.scope)
     aggregate = getattr(own, "aggregate", None) or ("token_mean" if unit == "token" else "sequence_mean_token_mean")
-    return Card(ALIASES.get(name, name), kind, own.scope, unit, aggregate, *cost(own), options, tuple(columns(own)))
+    return Card(ALIASES.get(name, name), kind, own.scope, unit, aggregate, *cost(own), options)
 
 
 def cost(objective) -> tuple[str, str]:
@@ -66,7 +73,9 @@ def cost(objective) -> tuple[str, str]:
     if getattr(objective, "reads", None) in ("scores", "values"):
         return "none", "none"
     if "divergence" in getattr(objective, "outputs", ()):
-        return ("4", "3") if getattr(objective, "linear_in_divergence", False) else ("6", "5")
+        own = (4, 3) if getattr(objective, "linear_in_divergence", False) else (6, 5)
+        head = (3, 2) if getattr(objective, "reads_logprobs", True) else (0, 0)
+        return tuple(str(a + b) for a, b in zip(own, head, strict=True))
     scored = " + 1" if getattr(objective, "needs_scores", False) else ""
     return ("3" if objective.scope == "token" else "3 to 4") + scored, (
         "2" if objective.scope == "token" else "2 to 3"
@@ -168,12 +177,13 @@ def _made(tree: ast.AST) -> Iterator[str]:
 
 
 # -- as text -----------------------------------------------------------------------------------------------------------
-def families() -> dict[str, list[str]]:
-    """What a file of losses is about, by its first line -> the names in it, in the order of the table."""
-    made: dict[str, list[str]] = {}
+def families() -> dict[tuple[str, str], list[str]]:
+    """(what a file of losses is about, its notation), by its first paragraph -> its names, in the table's order."""
+    made: dict[tuple[str, str], list[str]] = {}
     for name, kind in TABLE.items():
-        title = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0].rstrip(".")
-        made.setdefault(title, []).append(name)
+        about = (sys.modules[kind.__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        title, *note = re.split(r"(?<!et al)\. ", about, maxsplit=1)
+        made.setdefault((title.rstrip("."), "".join(note)), []).append(name)
     return made
 
 
@@ -181,11 +191,11 @@ def table_text() -> str:
     """Every loss in two lines: name, scope, GEMMs, paper; formula and defaults."""
     lines = [f"{len(TABLE)} losses; `fastrl losses NAME` prints one in full", ""]
     lines.append(f"{'name':20} {'scope':8} {'GEMMs':10} paper")
-    for title, names in families().items():
-        lines += ["", f"-- {title}"]
+    for (title, note), names in families().items():
+        lines += ["", f"-- {title}", *([f"   {note}"] if note else [])]
         for one in map(card, names):
             lines.append(f"{one.name:20} {one.scope:8} {one.gemms:10} {one.kind.paper}")
-            lines.append(f"    {one.kind.formula}" + (f"   [{one.defaults}]" if one.options else ""))
+            lines.append(f"    {one.kind.formula}" + (f"   [{one.defaults}]" if one.defaults else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -224,19 +234,20 @@ full, with its options and the columns that it reads. `fastrl.losses.get(name, o
 *Scope*: what must be known before a token's gradient is. *GEMMs*: matrix products over the head for a loss with its
 gradients. One more scores the step first where the loss takes a statistic of all of it (`+ 1`); a frozen head takes one
 less; where a unit of the scope is larger than the workspace its logits are made again, up to one GEMM more. `none`:
-the loss of a head of its own (a reward or a value), which no vocabulary takes part in.
+the loss of a head of its own (a reward or a value), which no vocabulary takes part in. *Defaults*: options that are off
+by default (0, none) are left out.
 """
 
 
 def markdown() -> str:
     """docs/losses.md."""
     lines = [HEAD]
-    for title, names in families().items():
-        lines += [f"## {title}", "", "| name | formula | scope | GEMMs | paper | defaults |"]
-        lines.append("|---|---|---|---|---|---|")
+    for (title, note), names in families().items():
+        lines += [f"## {title}", ""] + ([note, ""] if note else [])
+        lines += ["| name | formula | scope | GEMMs | paper | defaults |", "|---|---|---|---|---|---|"]
         for one in map(card, names):
             cells = (f"`{one.name}`", f"`{one.kind.formula}`", one.scope, one.gemms, one.kind.paper)
-            defaults = f"`{one.defaults}`" if one.options else ""
+            defaults = f"`{one.defaults}`" if one.defaults else ""
             lines.append(f"| {' | '.join(x.replace('|', BAR) for x in (*cells, defaults))} |")
         lines.append("")
     others = ", ".join(f"`{a}` is `{name}`" for a, name in ALIASES.items())

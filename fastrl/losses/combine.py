@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastrl.objective import Objective, mean_metrics, outputs_of, scope_of, unit_weights, value_of, weighted_sum, widest
-from fastrl.tokens import TokenBatch, TokenStats
+from fastrl.tokens import HeadStats, TokenBatch, TokenStats
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,13 @@ class Sum:
                     made[where][name] = x
         return made
 
-    def __call__(self, stats: TokenStats, batch: TokenBatch) -> Tensor:  # scalar
-        total = stats.logprobs.sum() * 0
+    @property
+    def reads(self) -> str:
+        """What a head's outputs are called by these terms ("scores", "values"); empty where they read log-probs."""
+        return next((o.reads for _, o in self.terms if getattr(o, "reads", "")), "")
+
+    def __call__(self, stats: TokenStats | HeadStats, batch: TokenBatch) -> Tensor:  # scalar
+        total = next(x for f in fields(stats) if (x := getattr(stats, f.name)) is not None).sum() * 0
         for weight, objective in self.terms:
             weights = unit_weights(objective, batch)
             value = value_of(objective, stats, batch, weights.shape[0] if weights.dim() else None)

@@ -71,14 +71,14 @@ class Unpaired(Referenced):
 
 @dataclass(frozen=True)
 class KTO(Unpaired):
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 8). Scope: sequence.
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, eq. 7). Scope: sequence.
 
     desirable: w_D (1 - sigma(beta (u - z))), undesirable: w_U (1 - sigma(beta (z - u))). z = max(0, mean over the whole
     step of batch.per_sequence["kl"]), the log-ratios [S] of prompts with other prompts' answers, without gradient; a
     NaN there is an answer without a mismatch and stays out of the mean.
     """
 
-    paper: ClassVar[str] = "Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8"
+    paper: ClassVar[str] = "Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7"
     formula: ClassVar[str] = "w_D (1 - sigma(beta (u - z))) or w_U (1 - sigma(beta (z - u)))"
 
     def columns(self, batch: TokenBatch, stats: TokenStats | None, everywhere: Callable[[Tensor], Tensor]) -> dict:
@@ -107,7 +107,7 @@ class APOZeroUnpaired(Unpaired):
 
 @dataclass(frozen=True)
 class BCO(Unpaired):
-    """Binary classifier optimisation (Jung et al. 2024, eq. 14). Scope: batch.
+    """Binary classifier optimisation (Jung et al. 2024). Scope: batch.
 
     -log sigma(beta u - delta) or -log sigma(delta - beta u). delta: given (a running mean, say), or from the step:
     the middle between the mean rewards of its desirable and of its undesirable answers, without gradient.
@@ -116,7 +116,7 @@ class BCO(Unpaired):
     tells prompts of desirable answers (p) from those of undesirable ones.
     """
 
-    paper: ClassVar[str] = "Jung et al. 2024, arXiv:2404.04656, eq. 14"
+    paper: ClassVar[str] = "Jung et al. 2024, arXiv:2404.04656"
     formula: ClassVar[str] = "-log sigma(beta u - delta) or -log sigma(delta - beta u)"
     delta: float | None = None
     density_ratios: bool = False

@@ -189,7 +189,7 @@ class PairLoss(Scored):
     """A loss of chosen and rejected without a reference; see the head of this file for its hooks.
 
     length_normalised: scores are means over trained tokens. ld_alpha: weight of the tokens past the shorter answer's
-    length (LD-DPO, Liu et al. 2024, arXiv:2409.06411, eq. 9). use_weighting: each pair weighs
+    length (LD-DPO, Liu et al. 2024, arXiv:2409.06411). use_weighting: each pair weighs
     w(chosen) w(rejected), w = exp mean_t (log pi_t - log sum_v p_v^2), no gradient (WPO, Zhou et al. 2024,
     arXiv:2406.11827, eq. 2). margin_coef: offset margin_coef * batch.margins (ODPO, Amini et al. 2024).
     """

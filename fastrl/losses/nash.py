@@ -105,7 +105,7 @@ class INPO(Ranged, PairLoss):
     old_logprobs: the last iterate, which sampled the pairs (None: the current policy).
     """
 
-    paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2407.00617, the INPO loss"
+    paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2407.00617, eq. 8"
     formula: ClassVar[str] = "(h(log pi - (tau/eta) log ref - (1 - tau/eta) log old) - 1/(2 eta))^2"
     beta: float = 0.005
     tau_over_eta: float = 1 / 3

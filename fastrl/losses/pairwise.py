@@ -120,18 +120,18 @@ class MallowsDPO(Ranged, RatioPairLoss):
     """Mallows-theta-DPO (Chen et al. 2024): margins scaled by how settled the reference is on this prompt.
 
     Reads per_token["ref_entropy"]: entropy of the reference at each row over log V, in (0, 1).
-    phi(x) = -dispersion log of the mean of both answers' mean entropies.
+    H(x) is the mean of both answers' means; dispersion: the paper's phi*.
     """
 
-    paper: ClassVar[str] = "Chen et al. 2024, arXiv:2405.14953, Mallows-theta-DPO"
-    formula: ClassVar[str] = "-log sigma(phi beta h), phi = -dispersion log (mean_t H_w + mean_t H_l) / 2"
-    dispersion: float = 1.0
+    paper: ClassVar[str] = "Chen et al. 2024, arXiv:2405.14953, eq. 12"
+    formula: ClassVar[str] = "-log sigma(-2 dispersion log(H) beta h), H = (mean_t H_w,t + mean_t H_l,t) / 2"
+    dispersion: float = 0.5
     ranges: ClassVar = {"dispersion": POSITIVE}
 
     def scale(self, batch: TokenBatch) -> Tensor:
         mean = segment_sum(batch.token("ref_entropy", "mallows_dpo"), batch) / batch.lengths.clamp(min=1)
         chosen, rejected = pairs(mean)
-        return self.beta * -self.dispersion * (0.5 * (chosen + rejected)).clamp(min=1e-6).log()
+        return -2 * self.dispersion * self.beta * (0.5 * (chosen + rejected)).clamp(min=1e-6).log()
 
 
 # -- token weights -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fastrl.losses.margin import (
     pairs,
     safe_expm1,
 )
+from fastrl.losses.transport import AOT, AOTUnpaired
 from fastrl.tokens import TokenBatch, TokenStats
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -79,7 +80,7 @@ class DPO(Divergent):
 class SigmoidNorm(DPO):
     """DPO on scores divided by their answer's length (TRL's sigmoid_norm; LN-DPO of Tulu 3). Scope: pair."""
 
-    paper: ClassVar[str] = "Lambert et al. 2024, arXiv:2411.15124, eq. 6"
+    paper: ClassVar[str] = "Lambert et al. 2024, arXiv:2411.15124, length-normalised DPO"
     formula: ClassVar[str] = "-log sigma(beta (c / n_c - r / n_r))"
     length_normalised: bool = True
 
@@ -104,7 +105,7 @@ class DPONLL(DPO):
 class RobustDPO(DPO):
     """An unbiased estimate of DPO under labels flipped at rate e = label_smoothing (Ray Chowdhury et al. 2024)."""
 
-    paper: ClassVar[str] = "Ray Chowdhury et al. 2024, arXiv:2403.00409, eq. 12"
+    paper: ClassVar[str] = "Ray Chowdhury et al. 2024, arXiv:2403.00409, the rDPO loss"
     formula: ClassVar[str] = "(-(1 - e) log sigma(beta M) + e log sigma(-beta M)) / (1 - 2 e)"
     label_smoothing: float = 0.1
 
@@ -117,7 +118,7 @@ class RobustDPO(DPO):
 class Hinge(Divergent):
     """Hinge loss on the margin (Zhao et al. 2023, SLiC; Liu et al. 2023, RSO). Scope: pair."""
 
-    paper: ClassVar[str] = "Liu et al. 2023, arXiv:2309.06657, eq. 10"
+    paper: ClassVar[str] = "Zhao et al. 2023, arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657"
     formula: ClassVar[str] = "max(0, 1 - beta M)"
 
     def link(self, margin: Tensor) -> Tensor:
@@ -163,9 +164,9 @@ class EXOPair(Divergent):
 
 @dataclass(frozen=True)
 class NCAPair(RatioPairLoss):
-    """Noise contrastive alignment of a pair (Chen et al. 2024, eq. 11 with K = 2). Scope: pair."""
+    """Noise contrastive alignment of a pair (Chen et al. 2024, NCA with two answers). Scope: pair."""
 
-    paper: ClassVar[str] = "Chen et al. 2024, arXiv:2402.05369, sec. 4"
+    paper: ClassVar[str] = "Chen et al. 2024, arXiv:2402.05369, NCA with two answers"
     formula: ClassVar[str] = "-log sigma(beta c) - log sigma(-beta c) / 2 - log sigma(-beta r) / 2"
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
@@ -175,9 +176,9 @@ class NCAPair(RatioPairLoss):
 
 @dataclass(frozen=True)
 class BCOPair(RatioPairLoss):
-    """Binary classifier on both answers, without BCO's reward shift (Jung et al. 2024, eq. 7). Scope: pair."""
+    """Binary classifier on both answers, without BCO's reward shift (Jung et al. 2024). Scope: pair."""
 
-    paper: ClassVar[str] = "Jung et al. 2024, arXiv:2404.04656, BCE without delta"
+    paper: ClassVar[str] = "Jung et al. 2024, arXiv:2404.04656, with delta = 0"
     formula: ClassVar[str] = "-log sigma(beta c) - log sigma(-beta r)"
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
@@ -234,94 +235,14 @@ class DiscoPOP(Divergent):
         return log_loss(margin) * (-gate).sigmoid() + safe_exp(-margin) * gate.sigmoid()
 
 
-# -- losses of the whole step's distribution ---------------------------------------------------------------------------
-def ranks(own: Tensor, everywhere: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """([n] place of each own value among those of all ranks, ties in rank order; the [n'] gathered values)."""
-    every = everywhere(own)
-    place = torch.argsort(torch.argsort(every, stable=True))
-    if every.shape[0] == own.shape[0]:
-        return place, every
-    windows = every.unfold(0, own.shape[0], 1) if own.shape[0] else every[:0, None]
-    start = int((windows == own).all(1).nonzero()[0]) if own.shape[0] else 0
-    return place[start : start + own.shape[0]], every
-
-
-@dataclass(frozen=True)
-class AOT(RatioPairLoss):
-    """Alignment by optimal transport, paired (Melnyk et al. 2024, eq. 6 with the logistic loss). Scope: batch.
-
-    u: the policy's log pi(w) - log pi(l), v: the reference's; both sorted over the whole optimizer step, so that the
-    i-th smallest u is held against the i-th smallest v, whatever micro-batch and rank they are in.
-    """
-
-    paper: ClassVar[str] = "Melnyk et al. 2024, arXiv:2406.05882, eq. 6"
-    formula: ClassVar[str] = "-(1 - e) log sigma(beta (u_(i) - v_(i))) - e log sigma(-beta (u_(i) - v_(i)))"
-    label_smoothing: float = 0.0
-    scope: ClassVar[str] = "batch"
-    unit: ClassVar[str] = "pair"
-    needs_scores: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_numbers(self, label_smoothing=(0.0, 0.5, "[)"))
-
-    def columns(self, batch: TokenBatch, stats: TokenStats, everywhere: Callable[[Tensor], Tensor]) -> dict:
-        """per_sequence "aot_shift": v_i - v_(place of u_i), the same on both sequences of pair i."""
-        reference = self.reference(batch)
-        reference = torch.zeros_like(stats.logprobs) if reference is None else reference
-        policy, fixed = (self._gap(x, batch) for x in (stats.logprobs, reference))
-        place, _ = ranks(policy, everywhere)
-        shift = fixed - everywhere(fixed).sort().values[place]
-        return {"per_sequence": {"aot_shift": interleaved(shift, shift)}}
-
-    def _gap(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        chosen, rejected = pairs(self.summed(logprobs, batch))
-        return chosen - rejected
-
-    def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
-        # chosen - rejected = u_i - v_i: the shift exchanges v_i for the one that u_i is held against.
-        shift, _ = pairs(batch.sequence("aot_shift", "aot"))
-        return self.link(self.beta * (chosen - rejected + shift.to(chosen.dtype)) - self.offset(batch))
-
-    def link(self, margin: Tensor) -> Tensor:
-        return log_loss(margin, self.label_smoothing)
-
-
-@dataclass(frozen=True)
-class AOTUnpaired(AOT):
-    """Alignment by optimal transport, unpaired: log-ratios of chosen and of rejected, each sorted. Scope: batch.
-
-    Each chosen is held against the rejected of its own place and the other way round; a pair's value is its chosen's,
-    and its rejected adds a gradient only, so that the sum over the step is the sum over places.
-    """
-
-    paper: ClassVar[str] = "Melnyk et al. 2024, arXiv:2406.05882, eq. 5"
-    formula: ClassVar[str] = "-(1 - e) log sigma(beta (c_(i) - r_(i))) - e log sigma(-beta (c_(i) - r_(i)))"
-
-    def columns(self, batch: TokenBatch, stats: TokenStats, everywhere: Callable[[Tensor], Tensor]) -> dict:
-        """per_sequence "aot_partner": the log-ratio that each sequence is held against."""
-        chosen, rejected = pairs(self.scores(stats, batch))
-        chosen_place, every_chosen = ranks(chosen, everywhere)
-        rejected_place, every_rejected = ranks(rejected, everywhere)
-        partner = interleaved(every_rejected.sort().values[chosen_place], every_chosen.sort().values[rejected_place])
-        return {"per_sequence": {"aot_partner": partner}}
-
-    def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
-        below, above = (x.to(chosen.dtype) for x in pairs(batch.sequence("aot_partner", "aot_unpaired")))
-        offset = self.offset(batch)
-        value = self.link(self.beta * (chosen - below) - offset)
-        slope = self.link(self.beta * (above - rejected) - offset)
-        return value + slope - slope.detach()
-
-
 @dataclass(frozen=True)
 class ChosenNLL:
     """Negative log-likelihood of the chosen, mean over all chosen tokens of the step; rejected give 0. Scope: token.
 
-    The SFT term of MPO (Wang et al. 2024, arXiv:2411.10442, eq. 3) and of RPO.
+    The generation loss of MPO (Wang et al. 2024), and the SFT term of other sums.
     """
 
-    paper: ClassVar[str] = "Wang et al. 2024, arXiv:2411.10442, eq. 3"
+    paper: ClassVar[str] = "Wang et al. 2024, arXiv:2411.10442, generation loss"
     formula: ClassVar[str] = "-log pi on the chosen's tokens"
     needs_reference: ClassVar[bool] = False
     scope: ClassVar[str] = "token"

@@ -79,12 +79,12 @@ class SimPO(PairLoss):
 
 @dataclass(frozen=True)
 class AlphaPO(SimPO):
-    """SimPO on the reward (1 - p^-alpha) / alpha, p the (length-normalised) probability (Gupta et al. 2025, eq. 7).
+    """SimPO on the reward (1 - p^-alpha) / alpha, p the (length-normalised) probability (Gupta et al. 2025).
 
     alpha = 0 is SimPO. Taken as -expm1(-alpha log p) / alpha: p itself underflows for any longer answer.
     """
 
-    paper: ClassVar[str] = "Gupta et al. 2025, arXiv:2501.03884, eq. 7"
+    paper: ClassVar[str] = "Gupta et al. 2025, arXiv:2501.03884"
     formula: ClassVar[str] = "-log sigma(beta (R_c - R_r) - gamma), R = (1 - exp(-alpha log p)) / alpha"
     alpha: float = 0.25
 
@@ -123,12 +123,12 @@ class WithNLL(PairLoss):
 
 @dataclass(frozen=True)
 class CPO(WithNLL):
-    """Contrastive preference optimisation (Xu et al. 2024, eq. 5). Scope: pair.
+    """Contrastive preference optimisation (Xu et al. 2024, eq. 3 and the NLL of the chosen). Scope: pair.
 
     kind: sigmoid (the paper), hinge, or ipo; length_normalised as TRL's for ipo is the caller's choice.
     """
 
-    paper: ClassVar[str] = "Xu et al. 2024, arXiv:2401.08417, eq. 5"
+    paper: ClassVar[str] = "Xu et al. 2024, arXiv:2401.08417, eq. 3 and its NLL term"
     formula: ClassVar[str] = "-log sigma(beta (C - R)) + nll_coef NLL(chosen)"
     kind: str = "sigmoid"
     label_smoothing: float = 0.0
@@ -178,7 +178,7 @@ class TPO(Scored):
     over all gold tokens of the step; value: one for each triple.
     """
 
-    paper: ClassVar[str] = "Saeidi et al. 2024, arXiv:2405.16681, eq. 7"
+    paper: ClassVar[str] = "Saeidi et al. 2024, arXiv:2405.16681"
     formula: ClassVar[str] = "-log sigma(beta (C - R) - gamma) + nll_coef NLL(gold)"
     beta: float = 0.01
     nll_coef: float = 1.0

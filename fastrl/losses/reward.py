@@ -291,6 +291,22 @@ class ConfidencePairs(PairReward):
         return pair_metrics(stats.scores[:, 0] - stats.scores[:, 1])
 
 
+def log_normal_cdf(z: Tensor) -> Tensor:
+    """log Phi(z). torch's log_ndtr has the value, but in float32 its gradient dies below z = -1e4.
+
+    Each piece sees harmless numbers outside its range. Far down, Phi(z) = phi(z) / -z (1 - y + 3 y^2 - 15 y^3 ...) with
+    y = 1 / z^2; above, phi(z) and the scaled erfc are multiplied in the logarithm.
+    """
+    high, low = z > -1, z < -10
+    top = torch.where(high, z, 0.0) * math.sqrt(0.5)
+    middle, tail = torch.where(high | low, -1.0, z), torch.where(low, z, -10.0)
+    y = 1 / tail.square()
+    series = torch.log1p(-y * (1 - 3 * y * (1 - 5 * y * (1 - 7 * y * (1 - 9 * y)))))
+    below = -0.5 * tail.square() - torch.log(-tail) - 0.5 * math.log(2 * math.pi) + series
+    between = -0.5 * middle.square() + torch.log(0.5 * torch.special.erfcx(-middle * math.sqrt(0.5)))
+    return torch.where(high, torch.log1p(-0.5 * torch.erfc(top)), torch.where(low, below, between))
+
+
 @dataclass(frozen=True)
 class MeanVariancePairs(PairReward):
     """Distributional preference learning: -log Phi((mu_w - mu_l) / sqrt(s_w^2 + s_l^2)). Scope: pair.
@@ -305,7 +321,7 @@ class MeanVariancePairs(PairReward):
     def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [P]
         chosen, rejected = pairs(scores_of(stats))
         spread = torch.logaddexp(*pairs(log_variance_of(stats)))
-        loss = -torch.special.log_ndtr((chosen - rejected) * torch.exp(-0.5 * spread))
+        loss = -log_normal_cdf((chosen - rejected) * torch.exp(-0.5 * spread))
         return loss + self.center * (chosen + rejected).square() if self.center else loss
 
 

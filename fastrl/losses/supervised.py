@@ -42,7 +42,7 @@ class NLL:
 class DFT(NLL):
     """Dynamic fine-tuning: likelihood weighted by the probability itself, taken as a constant: c_t = -pi(y_t)."""
 
-    paper: ClassVar[str] = "Wu et al. 2025, arXiv:2508.05629, eq. 9"
+    paper: ClassVar[str] = "Wu et al. 2025, arXiv:2508.05629, dynamic fine-tuning"
     formula: ClassVar[str] = "-sg(pi) log pi"
 
     def __call__(self, stats: TokenStats, batch: TokenBatch) -> Tensor:  # [T]
@@ -92,7 +92,7 @@ class ProximalSFT(NLL):
 class Unlikelihood(NLL):
     """Likelihood of desirable sequences (batch.labels True), unlikelihood -log(1 - pi) of the tokens of the others."""
 
-    paper: ClassVar[str] = "Welleck et al. 2019, arXiv:1908.04319, eq. 4"
+    paper: ClassVar[str] = "Welleck et al. 2019, arXiv:1908.04319, unlikelihood objective"
     formula: ClassVar[str] = "label ? -log pi : -alpha log(1 - pi)"
     alpha: float = 1.0
 
@@ -171,7 +171,7 @@ class ZLoss(NLL):
 class ConfidencePenalty(NLL):
     """Likelihood with an entropy bonus at every token, with its true gradient."""
 
-    paper: ClassVar[str] = "Pereyra et al. 2017, arXiv:1701.06548, eq. 2"
+    paper: ClassVar[str] = "Pereyra et al. 2017, arXiv:1701.06548, confidence penalty"
     formula: ClassVar[str] = "-log pi - entropy_coef H"
     entropy_coef: float = 0.1
     outputs: ClassVar[tuple[str, ...]] = ("entropy",)
@@ -238,7 +238,7 @@ class CRLFT(_Weighted):
     batch.labels [S] True is the better class. The class also conditions the prompt, which is the dataset's part.
     """
 
-    paper: ClassVar[str] = "Wang et al. 2023, arXiv:2309.11235, eq. 6"
+    paper: ClassVar[str] = "Wang et al. 2023, arXiv:2309.11235, C-RLFT"
     formula: ClassVar[str] = "-(label ? 1 : negative_weight) log pi"
     negative_weight: float = 0.1
 
@@ -254,7 +254,7 @@ class CRLFT(_Weighted):
 class RWR(_Weighted):
     """Reward-weighted regression: w = exp(R / tau) over its mean over the sequences of the step. Equal rewards: NLL."""
 
-    paper: ClassVar[str] = "Peters and Schaal 2007, reward-weighted regression, eq. 10"
+    paper: ClassVar[str] = "Peters and Schaal 2007, reward-weighted regression"
     formula: ClassVar[str] = "-exp(R / tau) / mean exp(R / tau) log pi"
     tau: float = 1.0
 
@@ -280,7 +280,7 @@ class RWR(_Weighted):
 class AWR(_Weighted):
     """Advantage-weighted regression: w = min(exp(A / tau), max_weight)."""
 
-    paper: ClassVar[str] = "Peng et al. 2019, arXiv:1910.00177, eq. 8"
+    paper: ClassVar[str] = "Peng et al. 2019, arXiv:1910.00177, advantage-weighted regression"
     formula: ClassVar[str] = "-min(exp(A / tau), max_weight) log pi"
     tau: float = 1.0
     max_weight: float = 20.0

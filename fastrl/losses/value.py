@@ -77,7 +77,7 @@ class ValueLoss:
 class ClippedValueLoss(ValueLoss):
     """max((V - R)^2, (V_old + clip(V - V_old, -e, e) - R)^2) / 2: no gradient where the clipped one is larger."""
 
-    paper: ClassVar[str] = "Schulman et al. 2017, PPO code; Huang et al. 2024, arXiv:2403.17031, detail 13"
+    paper: ClassVar[str] = "Schulman et al. 2017, PPO code; Huang et al. 2024, arXiv:2403.17031"
     formula: ClassVar[str] = "max((V - R)^2, (V_old + clip(V - V_old, -e, e) - R)^2) / 2"
     cliprange: float | None = 0.2
 
@@ -96,7 +96,7 @@ class HuberValueLoss(ValueLoss):
 
     def of_error(self, u: Tensor) -> Tensor:
         near = u.clamp(-self.delta, self.delta)
-        return near * (u - 0.5 * near)
+        return torch.where(near == u, 0.5 * near.square(), self.delta * (u.abs() - 0.5 * self.delta))
 
 
 @dataclass(frozen=True)

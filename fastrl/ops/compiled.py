@@ -246,6 +246,10 @@ def _kind(x) -> torch.dtype | str | None:
     return None if x is None else x.dtype if isinstance(x, Tensor) else "number"
 
 
+# Teachers and other statistics beside the head: the graph is broken around the eager call.
+run_outside = torch.compiler.disable(run_fused)
+
+
 # -- the door --------------------------------------------------------------------------------------------------------
 def fused_loss(
     objective: Objective, hidden: Tensor, head: HeadSpec, batch: TokenBatch, how: How, debug_checks: bool = False

@@ -67,11 +67,24 @@ class Sides:
 
     def pull(self, loss: Tensor) -> Tensor:
         """The loss, its value unchanged, attached to what the sides were made of."""
-        for name, coef in self.coefs.items():
-            x = self.stats[name]
-            live = coef != 0  # a row without a coefficient adds 0, whatever it holds
-            loss = loss + torch.where(live, (x - x.detach()) * coef, torch.zeros_like(x)).sum()
-        return loss if self.total is None else loss + (self.total - self.total.detach())
+        parts = {self.stats[n]: coef for n, coef in self.coefs.items()}
+        if self.total is not None:
+            parts[self.total] = torch.ones_like(self.total)
+        return _Attached.apply(loss, tuple(parts.values()), *parts) if parts else loss
+
+
+class _Attached(torch.autograd.Function):
+    """The loss as it is; its gradient goes to each part as well, times that part's coefficient."""
+
+    @staticmethod
+    def forward(ctx, loss, coefs: tuple, *parts):
+        ctx.coefs = coefs
+        return loss.clone()
+
+    @staticmethod
+    @no_second_derivative
+    def backward(ctx, upstream):
+        return upstream, None, *(c * upstream for c in ctx.coefs)
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def side_statistics(
     if "mean_logits" in names:
         sides.stats["mean_logits"] = mean_logits(heads.hidden, heads.head)
     if "support_logits" in names:
-        indices = batch.token(_attribute(objective, "support"), "the objective's support")
+        indices = batch.token(_attribute(objective, "support_logits", "support"), "the objective's support")
         with autocast_off(heads.hidden):
             sides.stats["support_logits"] = gathered_logits(heads.hidden, heads.head, indices, heads.workspace)
     if "divergence" in names:
@@ -115,13 +128,12 @@ def side_statistics(
     return sides
 
 
-def _attribute(objective: Objective, name: str):
-    """The objective's attribute, or that which the terms of a sum share."""
+def _attribute(objective: Objective, output: str, name: str):
+    """The objective's attribute, or that which those terms of a sum share that read `output`."""
     terms = [o for _, o in getattr(objective, "terms", ())] or [objective]
-    found = list(dict.fromkeys(getattr(o, name) for o in terms if hasattr(o, name)))
+    found = list(dict.fromkeys(getattr(o, name) for o in terms if output in getattr(o, "outputs", ())))
     if len(found) != 1:
-        what = f"{len(found)} of them" if found else "none"
-        raise ValueError(f"a call computes one {name}, the objective has {what}; make one call for each")
+        raise ValueError(f"a call computes one {name}, the objective has {len(found)} of them; make one call for each")
     return found[0]
 
 
@@ -136,7 +148,7 @@ def _divergence(
 ) -> None:
     if heads.teacher is None:
         raise ValueError(f"{type(objective).__name__} reads a divergence; pass teacher=fastrl.Teacher(hidden, weight)")
-    law = _attribute(objective, "divergence").inner
+    law = _attribute(objective, "divergence", "divergence").inner
     student, teacher = (_softened(s, law) for s in (Side(heads.hidden, heads.head), heads.teacher))
     backend = "torch" if heads.backend == "native" or (heads.backend == "triton" and law.kind not in KINDS) else None
     call = Call(Law(law.kind, law.beta), backend or heads.backend, heads.workspace)

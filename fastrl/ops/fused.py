@@ -94,13 +94,13 @@ def fused_loss(
     head = head_spec(weight, bias, temperature, logit_scale, softcap, hidden)
     how = How(names, backend, strategy, workspace_bytes, aggregate, ignore_index, skip_inert, process_group)
     dispatch.loss_strategy(strategy)
-    if teacher is not None or any(n in SIDE_NAMES for n in names):  # torch.compile breaks its graph here
-        return _run_with_sides(objective, hidden, head, batch, how, debug_checks, teacher)
     if torch.compiler.is_compiling():
         from fastrl.ops import compiled
 
+        if teacher is not None or any(n in SIDE_NAMES for n in names):
+            return compiled.run_outside(objective, hidden, head, batch, how, debug_checks, teacher)
         return compiled.fused_loss(objective, hidden, head, batch, how, debug_checks)
-    return run_fused(objective, hidden, head, batch, how, debug_checks)
+    return run_fused(objective, hidden, head, batch, how, debug_checks, teacher)
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,6 @@ def run_fused(
         stats = stats.detach()
     metrics = mean_metrics(objective, stats, alone(objective, kept, stats))
     return LossOutput(loss, metrics, _uncompact(stats, rows, batch.targets.shape[0]))
-
-
-_run_with_sides = torch.compiler.disable(run_fused)
 
 
 def alone(objective: Objective, batch: TokenBatch, stats: TokenStats | None = None) -> TokenBatch:

@@ -90,7 +90,7 @@ def quantile_dropout(rewards: Tensor, quantile: float) -> Tensor:
 
 
 def cvar_count(batch: int, step: int, *, alpha: float, rho: float, steps: int, warmup: int) -> int:
-    """How many of the lowest rewards are trained at this step (risk-averse RLHF, Chaudhary et al. 2024, 2406.11998).
+    """How many of the lowest rewards are trained at this step (risk-averse RLHF, Chaudhary et al. 2024, 2501.06911).
 
     All up to `warmup`; then ceil(B max(alpha, 1 - (1 - alpha) (step - warmup) / (rho steps))).
     """

@@ -45,10 +45,15 @@ class Sampling:
 
 @dataclass
 class Completion:
-    """The ids after the prompt, the end-of-sequence token included; `truncated` = the length limit came first."""
+    """The ids after the prompt, the end-of-sequence token included; `truncated` = the length limit came first.
+
+    logprobs: one for each id, as the sampler drew it (at its temperature), from samplers that are another policy than
+    the trained model; None: the model itself sampled.
+    """
 
     ids: list[int]
     truncated: bool
+    logprobs: list[float] | None = None
 
 
 class Sampler(Protocol):

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastrl.train.config import DPOConfig, GRPOConfig, SFTConfig, TrainConfig
+from fastrl.train.config import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    PPOConfig,
+    PRMConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from fastrl.train.flags import ConfigError
 
 if TYPE_CHECKING:
     from fastrl.train.loop import TrainResult
 
-__all__ = ["ConfigError", "DPOConfig", "GRPOConfig", "SFTConfig", "TrainConfig", "run"]
+__all__ = [
+    "ConfigError",
+    "DPOConfig",
+    "GRPOConfig",
+    "KTOConfig",
+    "PPOConfig",
+    "PRMConfig",
+    "RLOOConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "TrainConfig",
+    "run",
+]
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -19,7 +41,7 @@ def run(config: TrainConfig) -> TrainResult:
     Raises: TypeError for anything but a stage's config; what the stage raises otherwise.
     """
     if not isinstance(config, TrainConfig) or not config.stage:
-        raise TypeError(f"run() takes an SFTConfig, DPOConfig or GRPOConfig, got {type(config).__name__}")
+        raise TypeError(f"run() takes the config of a stage (SFTConfig, DPOConfig, ...), got {type(config).__name__}")
     from fastrl.train.loop import train  # torch and transformers load here, not with the command line
 
     return train(config)

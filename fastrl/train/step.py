@@ -7,6 +7,7 @@ changes memory and never the result.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from fastrl.data.packing import PLURAL, collate, pack
 from fastrl.data.types import Sample
 from fastrl.models import PackedModel
 from fastrl.objective import LossOutput, Objective, outputs_of, prepared
+from fastrl.ops.distill import Teacher
 from fastrl.tokens import TokenBatch, TokenStats
 
 # Sample.fields -> the field of TokenBatch; any other goes to per_sequence (a number) or per_token (a list).
@@ -50,6 +52,7 @@ class Forward:
     outputs: tuple[str, ...] = ()
     autocast: torch.dtype | None = None
     debug_checks: bool = False
+    teacher: Callable[[MicroBatch], Teacher] | None = None  # of a loss that reads a divergence
 
     def context(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
@@ -137,10 +140,12 @@ def attach(micro: MicroBatch, name: str, values: Tensor) -> None:
 def loss_of(model: PackedModel, objective: Objective, micro: MicroBatch, how: Forward) -> LossOutput:
     """The objective's loss on a micro-batch, logits never formed."""
     with how.context(micro.input_ids.device):
+        other = {} if how.teacher is None else {"teacher": how.teacher(micro)}
         return model(
             micro.input_ids,
             micro.cu_seqlens,
             rows=micro.rows,
+            **other,
             objective=objective,
             batch=micro.batch,
             temperature=how.temperature,

@@ -16,7 +16,7 @@ from fastrl.models import PackedModel, load_causal_lm, load_reference, load_toke
 from fastrl.train.config import TrainConfig
 from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
-from fastrl.train.stages import dpo, grpo, kto, ppo, prm, reward, sft
+from fastrl.train.stages import distill, dpo, grpo, kto, ppo, prm, reward, rloo, sft
 from fastrl.train.stages.base import Setting, Stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": "auto"}
@@ -132,6 +132,8 @@ STAGES = {
     "reward": reward.build,
     "prm": prm.build,
     "ppo": ppo.build,
+    "distill": distill.build,
+    "rloo": rloo.build,
 }
 # Stages whose model is no causal LM: (config, path, options of the loaders) -> model.
 LOADERS = {"reward": reward.load_model, "prm": prm.load_model, "ppo": ppo.load_model}

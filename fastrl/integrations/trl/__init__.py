@@ -98,9 +98,9 @@ def _expect_own_samples(trainer: Any, forward: FusedForward) -> None:
 def build(trainer_class: type, *args: Any, pack: bool | None = None, workspace_bytes: int | None = None, **kwargs: Any):
     """`patch(trainer_class(*args, **kwargs))` with two things that come too late afterwards.
 
-    Adapters may lie on the LM head: TRL refuses such a model because its own head would pass them by; fastrl's does not.
-    It is never left with TRL's head: what patch refuses is raised, and no trainer comes back. And the reference log-probs
-    of `precompute_ref_log_probs`, which are made while the trainer is, come from fastrl's head too.
+    Adapters may lie on the LM head: TRL refuses such a model because its own head would pass them by; fastrl's does
+    not. It is never left with TRL's head: what patch refuses is raised, and no trainer comes back. And the reference
+    log-probs of `precompute_ref_log_probs`, which are made while the trainer is, come from fastrl's head too.
     """
 
     def patched(trainer):

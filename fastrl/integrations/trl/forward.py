@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from fastrl.integrations.trl.head import Asked, statistics
 from fastrl.integrations.trl.one_pass import Guess
 from fastrl.integrations.trl.rows import PackedBody, RealTokens
+
+MORE = ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values")  # with any of these the body stays padded
 
 
 class FusedForward:
@@ -31,8 +34,11 @@ class FusedForward:
         self.model, self.asked, self.pack, self.context, self.active = model, asked, pack, context, True
         self.theirs = model.forward
         self.body = None if pack is False else PackedBody(model)
-        if pack and not self.body.works:
-            raise ValueError(f"pack=True, but {type(model).__name__} cannot read packed rows: {self.body.trouble}")
+        if self.body is not None and not self.body.works:
+            said = f"{type(model).__name__} cannot read packed rows: {self.body.trouble}"
+            if pack:
+                raise ValueError(f"pack=True, but {said}")
+            warnings.warn(f"{said}; its body goes on reading padded ones", stacklevel=3)
         self.draws = has_dropout(model)
         self.guess: Callable[[Tensor], Guess] | None = None
         self.covered: Callable | None = None  # what stands in for the trainer's _compute_loss
@@ -93,8 +99,9 @@ class FusedForward:
     def _real(self, args: tuple, kwargs: dict) -> RealTokens | None:
         """The real tokens, if the body can run over them alone with the same result."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        told = any(kwargs.get(name) is not None for name in ("inputs_embeds", "position_ids", "token_type_ids"))
-        if self.body is None or not self.body.works or args or told or ids is None or mask is None or mask.dim() != 2:
+        if self.body is None or not self.body.works or args or any(kwargs.get(name) is not None for name in MORE):
+            return None
+        if ids is None or mask is None or mask.shape != ids.shape:  # a learned prefix makes the mask longer
             return None
         if self.pack is None and self.draws and self.model.training:
             return None  # dropout draws per place of the batch: other places, other draws

@@ -58,7 +58,7 @@ def statistics(
         return fields
 
     with torch.autocast(device.type, enabled=False) if asked.fp32_head else contextlib.nullcontext():
-        return head._call(hidden.float() if asked.fp32_head else hidden, options, operator)
+        return head.call(hidden.float() if asked.fp32_head else hidden, options, operator)
 
 
 @torch.no_grad()

@@ -27,13 +27,15 @@ TOLERANCE = 1e-5  # of the largest coefficient: float32 rounding of TRL's own ar
 
 @dataclass(frozen=True)
 class Expected:
-    """A guess at the loss, up to a factor: sum_t c_t log p_t + k_t KL_t. Token scope.
+    """A guess at the loss, up to a factor: sum_t c_t log p_t + k_t KL_t, with the k3 estimator. Token scope.
 
     c, k: read from the batch's advantages and, where a reference is there, per_token["kl_weight"].
     dft: c_t is multiplied by p_t, without gradient (Wu et al. 2025, arXiv 2508.05629).
+    corrected: KL_t is multiplied by the ratio, which is 1 and has a gradient (DeepSeek-V3.2, arXiv 2512.02556, eq. 7).
     """
 
     dft: bool = False
+    corrected: bool = False
     scope: ClassVar[str] = "token"
     aggregate: ClassVar[Callable] = staticmethod(lambda batch: torch.ones_like(batch.targets, dtype=torch.float64))
 
@@ -43,7 +45,9 @@ class Expected:
             value = value * stats.logprobs.detach().exp()
         if batch.ref_logprobs is not None:
             back = batch.ref_logprobs - stats.logprobs
-            value = value + batch.per_token["kl_weight"] * (safe_exp(back) - back - 1)
+            kl = safe_exp(back) - back - 1
+            ratio = (stats.logprobs - stats.logprobs.detach()).exp() if self.corrected else 1.0
+            value = value + batch.per_token["kl_weight"] * kl * ratio
         return value
 
 
@@ -127,18 +131,24 @@ def of_grpo(trainer: Any, inputs: dict[str, Any]) -> Callable[[Tensor], Guess] |
     """
     advantages, kind = inputs["advantages"], trainer.loss_type
     odd = trainer._entropy_bonus_enabled or trainer.use_vllm or trainer.off_policy_mask_threshold is not None
-    odd = odd or trainer.top_entropy_quantile < 1.0 or trainer.args.use_bias_correction_kl or kind == "vespo"
+    odd = odd or trainer.top_entropy_quantile < 1.0 or kind == "vespo"
     if odd or inputs.get("old_per_token_logps") is not None or advantages.dim() != 1:
         return None
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    share = mask / mask.sum(1, keepdim=True).clamp(min=1) if kind in ("grpo", "sapo") else mask.float()
+    share = mask.float()
+    if kind in ("grpo", "sapo"):  # a mean over each sequence; by the longest, so that half precision keeps the digits
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        share = mask * (lengths.max() / lengths)
     made = {"c": -advantages[:, None] * share}
+    corrected = trainer.args.use_bias_correction_kl
     if trainer.beta != 0.0:
+        if corrected and trainer.importance_sampling_level == "sequence":
+            return None
         made |= {"ref_logprobs": inputs["ref_per_token_logps"], "kl_weight": trainer.beta * share}
 
     def guess(scored: Tensor) -> Guess:
         width = share.shape[1]
-        return Guess(Expected(), **{name: x[scored[:, -width:]] for name, x in made.items()})
+        return Guess(Expected(corrected=corrected), **{name: x[scored[:, -width:]] for name, x in made.items()})
 
     return guess
 

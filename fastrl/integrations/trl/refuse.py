@@ -45,6 +45,7 @@ def _reasons(trainer: Any, kind: str):
         read("_is_vlm", False),
         "its model takes images (a vision-language model); text models are served",
     )
+    yield args.torch_compile, "torch_compile=True; what is fused here is compiled already, set it to False"
     yield args.use_liger_kernel, "use_liger_kernel=True replaces layers of the model; set it to False"
     yield (
         read("aux_loss_enabled", False),
@@ -65,8 +66,8 @@ def _reasons(trainer: Any, kind: str):
 
 
 def check_head(model: nn.Module | None) -> None:
-    """Raises UnsupportedModelError if the head is no linear map, or if the model does more to its logits than its config
-    says. One word goes through it, with the logits deferred."""
+    """One word goes through the model, its logits deferred. Raises UnsupportedModelError if the head is no linear map,
+    or if the model does more to its logits than its config says."""
     if model is None:
         return
     word = torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device)

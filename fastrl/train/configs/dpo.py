@@ -10,9 +10,11 @@ from fastrl.train.flags import ConfigError, flag
 
 AGAINST_REFERENCE = (
     "sigmoid", "dpo", "dpo_nll", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
-    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "r_dpo", "sampo", "d2po", "gpo", "chi_po",
+    "dpop", "dpo_shift", "minor_dpo", "cal_dpo", "vpo", "spin", "ipo_md", "dil", "beta_dpo", "alpha_dpo", "dr_dpo",
 )  # fmt: skip
-WITHOUT_REFERENCE = ("sft", "simpo", "alphapo", "cpo", "orpo")
+WITHOUT_REFERENCE = ("sft", "simpo", "alphapo", "cpo", "orpo", "slic", "simper")
+WITH_SCORES = ("odpo", "mmpo", "rdo")  # read the columns score_chosen and score_rejected
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -54,10 +56,15 @@ class DPOConfig(ReferenceConfig):
     unit: ClassVar[str] = "pairs"
     learning_rate: float = flag(1e-6, "Peak learning rate.", at_least=0)
     loss_type: list[str] = flag(
-        ["sigmoid"], "The objective, or several to be summed.", choices=(*AGAINST_REFERENCE, *WITHOUT_REFERENCE)
+        ["sigmoid"],
+        "The objective, or several to be summed; `fastrl losses NAME` explains one. The last three need the columns "
+        "score_chosen and score_rejected.",
+        choices=(*AGAINST_REFERENCE, *WITHOUT_REFERENCE, *WITH_SCORES),
     )
     loss_weights: list[float] | None = flag(None, "One weight for each loss_type; none means 1 each.")
-    label_smoothing: float = flag(0.0, "Assumed part of flipped labels.", at_least=0, below=0.5)
+    label_smoothing: float = flag(
+        0.0, "Assumed part of flipped labels; for sigmoid too (cDPO), which TRL leaves as it is.", at_least=0, below=0.5
+    )
     reference_free: bool = flag(False, "Take the reference's log-probs as 0; no reference model is loaded.")
     f_divergence_type: str = flag("reverse_kl", "Divergence that ties to the reference.", choices=F_DIVERGENCES)
     f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence.")

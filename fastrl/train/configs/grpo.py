@@ -3,119 +3,172 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from fastrl.train.configs.base import TrainConfig
-from fastrl.train.flags import ConfigError, flag
+from fastrl.train.configs.online import OnlineConfig
+from fastrl.train.flags import ConfigError, flag, number
+
+# Losses by the flags that they take. (fastrl.losses.POLICY without luffy: this stage has no demonstrations.)
+CLIPPED = ("dapo", "grpo", "dr_grpo", "bnpo", "ppo_clip", "clip_cov", "decoupled_ppo", "vapo")  # and delta
+RANGED = ("gspo", "gspo_token", "luspo", "gmpo", "rloo", "rollout_is", "ppo_two_sided")  # epsilon, epsilon_high
+OTHERS = (
+    "cispo", "sapo", "vespo", "reinforce", "gpg", "is_pg", "dppo_tv", "dppo_kl", "prime_rl", "prime_ipo", "topr",
+    "kl_cov", "a2po", "opmd",
+)  # fmt: skip
+LEVELS = {  # importance_sampling_level -> TRL's loss_type -> the loss
+    "token": {},
+    "sequence": {"grpo": "gspo", "gspo": "gspo", "luspo": "luspo"},
+    "sequence_token": {"grpo": "gspo_token", "gspo_token": "gspo_token"},
+}
+KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+", "is_k1", "is_k3")
+MODES = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 @dataclass(kw_only=True)
-class GRPOConfig(TrainConfig):
+class GRPOConfig(OnlineConfig):
     """`fastrl grpo`: sample completions, score them, reinforce those above their group's mean."""
 
     stage: ClassVar[str] = "grpo"
     unit: ClassVar[str] = "completions"
-    learning_rate: float = flag(1e-6, "Peak learning rate.", at_least=0)
-
-    # sampling
-    num_generations: int = flag(8, "Completions of each prompt (the group).", at_least=2)
-    num_generations_eval: int = flag(1, "Completions of each held-out prompt (TRL: num_generations).", at_least=1)
-    max_completion_length: int = flag(512, "Most new tokens of a completion.", at_least=1)
-    max_prompt_length: int | None = flag(
-        None, "Longer prompts are dropped and counted. none: what the model's context leaves.", at_least=1
-    )
-    temperature: float = flag(1.0, "Of sampling, and of the log-probs that are trained.", above=0)
-    eval_temperature: float | None = flag(
-        None, "Of sampling held-out prompts; 0 is greedy, none is temperature.", at_least=0
-    )
-    top_p: float = flag(1.0, "Nucleus sampling.", above=0, at_most=1)
-    top_k: int = flag(0, "Sample among the k likeliest; 0 is all.", at_least=0)
-    steps_per_generation: int | None = flag(
-        None, "Batches of per_device_train_batch_size sampled at once; none: gradient_accumulation_steps.", at_least=1
-    )
-    num_iterations: int = flag(1, "Times each sampled batch is trained on.", at_least=1)
-
-    # reward
-    reward_funcs: list[str] = flag([], "Rewards: built-in names, dotted.path, or file.py:name.")
-    reward_weights: list[float] | None = flag(None, "One weight a reward; none means 1 each.")
     scale_rewards: str | bool = flag(
         "group", "Divide advantages by the std of the group, of the batch, or not.", choices=("group", "batch", "none")
     )
 
     # objective
-    loss_type: str = flag(
-        "dapo", "The objective and its aggregation.", choices=("dapo", "grpo", "dr_grpo", "ppo_clip", "reinforce")
+    loss_type: str = flag("dapo", "The objective and its aggregation.", choices=(*CLIPPED, *RANGED, *OTHERS))
+    importance_sampling_level: str = flag(
+        "token", "sequence: grpo is gspo (and luspo itself); sequence_token: it is gspo_token.", choices=tuple(LEVELS)
     )
+    loss_options: list[str] = flag([], "Further numbers of the objective, name=value; `fastrl losses NAME` lists them.")
     beta: float = flag(0.0, "Weight of the KL to the starting model; 0 needs no reference model.", at_least=0)
-    kl_estimator: str = flag("k3", "Estimator of that KL.", choices=("k1", "k2", "k3"))
-    epsilon: float = flag(0.2, "The ratio is clipped below 1 - epsilon (and above 1 + epsilon_high).", above=0)
-    epsilon_high: float | None = flag(None, "Upper clip; none means epsilon. DAPO recommends 0.28.", above=0)
+    kl_estimator: str = flag("k3", "Estimator of that KL; k1 in a loss is noise.", choices=KINDS)
+    use_bias_correction_kl: bool = flag(False, "The KL weighted by the ratio: kl_estimator is_k3 (DeepSeek-V3.2).")
+    epsilon: float | None = flag(
+        None, "The ratio is clipped below 1 - epsilon (and above 1 + epsilon_high). none: 0.2; gspo, luspo and gmpo "
+        "have their papers' ranges.", above=0
+    )  # fmt: skip
+    epsilon_high: float | None = flag(
+        None, "Upper clip; none means epsilon. DAPO recommends 0.28. cispo: the largest ratio itself; none: 5.", above=0
+    )
     delta: float | None = flag(None, "Dual clip: bound on the ratio where the advantage is negative.", above=0)
+    sapo_temperature_pos: float = flag(1.0, "sapo: sharpness of the gate where the advantage is positive.", above=0)
+    sapo_temperature_neg: float = flag(1.05, "sapo: where it is not.", above=0)
+    vespo_k_pos: float = flag(2.0, "vespo: power of the weight where the advantage is positive.", at_least=0)
+    vespo_lambda_pos: float = flag(3.0, "vespo: its decay there.", above=0)
+    vespo_k_neg: float = flag(3.0, "vespo: power where the advantage is negative.", at_least=0)
+    vespo_lambda_neg: float = flag(2.0, "vespo: its decay there.", above=0)
     entropy_coef: float = flag(0.0, "Weight of the entropy bonus, with its true gradient.")
-    mask_truncated_completions: bool = flag(False, "Do not train completions that were cut at the length limit.")
-    disable_dropout: bool = flag(True, "Dropout off (TRL: false), so that the first step's ratio is exactly 1.")
+    use_adaptive_entropy: bool = flag(False, "Move entropy_coef by a step's entropy: up below the target, down above.")
+    entropy_target: float = flag(0.2, "Nats a token to hold; the bonus rests while entropy is above.", at_least=0)
+    entropy_coef_delta: float = flag(0.005, "How far entropy_coef moves in a step.", at_least=0)
+    entropy_coef_min: float = flag(0.0, "Its lower bound.")
+    entropy_coef_max: float = flag(1.0, "Its upper bound.")
+    top_entropy_quantile: float = flag(
+        1.0, "Part of the step's tokens, those of highest entropy, that the objective trains.", above=0, at_most=1
+    )
+
+    # samples of another policy
+    off_policy_mask_threshold: float | None = flag(
+        None, "Drop completions of negative advantage that the policy has left behind by more, in nats a token."
+    )
+    importance_sampling_mode: str = flag(
+        "none", "Weights for a sampler that is not the trained model; needs one that returns log-probs.", choices=MODES
+    )
+    importance_sampling_clip_max: float = flag(3.0, "Largest weight.", above=0)
+    importance_sampling_clip_min: float | None = flag(None, "Smallest weight; none: 0.", above=0)
 
     def __post_init__(self):
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        if isinstance(self.reward_funcs, str):
-            self.reward_funcs = [self.reward_funcs]
+        if isinstance(self.loss_options, str):
+            self.loss_options = [self.loss_options]
         super().__post_init__()
 
     def _check(self) -> None:
         super()._check()
-        if not self.reward_funcs:
-            raise ConfigError("--reward_funcs is required; give built-in names, dotted.path or file.py:name")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            n, m = len(self.reward_weights), len(self.reward_funcs)
-            raise ConfigError(f"--reward_weights has {n} numbers for {m} reward_funcs; give one for each")
-        self._check_groups()
+        taken = self._taken()
+        for name in ("epsilon", "epsilon_high", "delta"):
+            if getattr(self, name) is not None and name not in taken:
+                raise ConfigError(f"--{name} {getattr(self, name):g} has no meaning for --loss_type {self.loss_type}")
         if self.delta is not None and self.delta <= 1 + self.clip_high:
             bound = f"1 + epsilon_high = {1 + self.clip_high:g}"
             raise ConfigError(f"--delta {self.delta:g} must be above {bound}; raise it, or drop it for no dual clip")
-        if self.top_p < 1 or self.top_k > 0:
-            # log pi over the kept tokens is not log pi over the vocabulary: every ratio is off by log(kept mass).
+        levels = LEVELS[self.importance_sampling_level]
+        if levels and self.loss_type not in levels:
             raise ConfigError(
-                f"--top_p {self.top_p:g} --top_k {self.top_k}: training needs samples of the whole distribution "
-                "(a cut one biases every ratio); use --top_p 1 --top_k 0 and shape it with --temperature"
+                f"--importance_sampling_level {self.importance_sampling_level} with --loss_type {self.loss_type} would "
+                f"mix the ratio of sequences with another average; it goes with {', '.join(levels)}"
             )
+        if self.use_bias_correction_kl and self.kl_estimator not in ("k3", "is_k3"):
+            raise ConfigError(f"--use_bias_correction_kl means is_k3; drop --kl_estimator {self.kl_estimator}")
+        if self.entropy_coef_min > self.entropy_coef_max:
+            bounds = f"{self.entropy_coef_min:g} --entropy_coef_max {self.entropy_coef_max:g}"
+            raise ConfigError(f"--entropy_coef_min {bounds}: the first must not be above the second")
+        for text in self.loss_options:
+            if not text.partition("=")[0].isidentifier() or "=" not in text:
+                raise ConfigError(f"--loss_options {text!r} is not name=value")
 
-    def _check_groups(self) -> None:
-        g, a = self.num_generations, self.gradient_accumulation_steps
-        shown = f"{self.per_device_train_batch_size} x {a}"
-        if self.batch_size % g:
-            fix = f"make their product a multiple of {g}, such as {max(1, round(self.batch_size / g)) * g}"
-            raise ConfigError(
-                f"--per_device_train_batch_size x --gradient_accumulation_steps = {shown} completions a step is not "
-                f"a whole number of groups of --num_generations {g}; {fix}"
-            )
-        if self.steps_per_generation is None:
-            self.steps_per_generation = a
-        if self.steps_per_generation % a:
-            raise ConfigError(
-                f"--steps_per_generation {self.steps_per_generation} must be a multiple of "
-                f"--gradient_accumulation_steps {a}, so that what is sampled fills whole optimizer steps"
-            )
+    def _taken(self) -> tuple[str, ...]:
+        if self.loss_type in (*CLIPPED, "ppo_two_sided"):
+            return ("epsilon", "epsilon_high", "delta")
+        if self.loss_type in RANGED:
+            return ("epsilon", "epsilon_high")
+        return ("epsilon_high",) if self.loss_type == "cispo" else ()
+
+    # -- the objective -------------------------------------------------------------------------------------------------
+    @property
+    def objective_name(self) -> str:
+        return LEVELS[self.importance_sampling_level].get(self.loss_type, self.loss_type)
 
     @property
-    def prompts_per_step(self) -> int:
-        """Prompts whose completions make one optimizer step."""
-        return self.batch_size // self.num_generations
+    def options(self) -> dict[str, Any]:
+        """--loss_options as numbers and words."""
+        made = {}
+        for text in self.loss_options:
+            name, _, value = text.partition("=")
+            kinds = ({"true": True, "false": False}.get(value), number(value, int), number(value, float), value)
+            made[name] = next(x for x in kinds if x is not None)
+        return made
 
     @property
-    def completions_per_generation(self) -> int:
-        """Completions sampled at once."""
-        return self.per_device_train_batch_size * self.steps_per_generation
-
-    @property
-    def updates_per_generation(self) -> int:
-        """Optimizer steps between two samplings."""
-        return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
+    def numbers(self) -> dict[str, Any]:
+        """What the flags give the objective, by the names of its own options."""
+        kl = "is_k3" if self.use_bias_correction_kl else self.kl_estimator
+        made = {"kl_coef": self.beta, "kl": kl, "entropy_coef": self.entropy_coef}
+        made["top_entropy"] = self.top_entropy_quantile
+        if self.loss_type in CLIPPED and self.importance_sampling_level == "token":
+            made |= {"clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.delta}
+        elif self.loss_type == "cispo":
+            made |= {"ratio_max": self.epsilon_high}
+        else:
+            high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+            given = {"clip_low": self.epsilon, "clip_high": high, "delta": self.delta}
+            made |= {name: value for name, value in given.items() if value is not None}
+        if self.loss_type == "dr_grpo":
+            made["max_length"] = self.max_completion_length
+        if self.loss_type == "sapo":
+            made |= {"temperature_pos": self.sapo_temperature_pos, "temperature_neg": self.sapo_temperature_neg}
+        if self.loss_type == "vespo":
+            made |= {"k_pos": self.vespo_k_pos, "lambda_pos": self.vespo_lambda_pos}
+            made |= {"k_neg": self.vespo_k_neg, "lambda_neg": self.vespo_lambda_neg}
+        return made | self.options
 
     @property
     def clip_low(self) -> float:
-        return self.epsilon
+        return 0.2 if self.epsilon is None else self.epsilon
 
     @property
     def clip_high(self) -> float:
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return self.clip_low if self.epsilon_high is None else self.epsilon_high
+
+    # -- what it needs -------------------------------------------------------------------------------------------------
+    @property
+    def needs_reference(self) -> bool:
+        return bool(self.beta) or self.loss_type == "a2po"
+
+    @property
+    def needs_sampler_logprobs(self) -> str | None:
+        """The flag that needs the sampler's own log-probs, if any does."""
+        if self.importance_sampling_mode != "none":
+            return f"--importance_sampling_mode {self.importance_sampling_mode}"
+        return "--loss_type decoupled_ppo" if self.loss_type == "decoupled_ppo" else None

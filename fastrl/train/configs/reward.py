@@ -8,7 +8,17 @@ from typing import ClassVar
 from fastrl.train.configs.base import DatasetConfig
 from fastrl.train.flags import ConfigError, flag
 
-PAIR_LOSSES = ("bradley_terry", "hinge_reward", "r3m", "adaptive_scale", "pcrm", "mean_variance_pairs")
+PAIR_LOSSES = (
+    "bradley_terry",
+    "soft_bradley_terry",
+    "bradley_terry_ties",
+    "hinge_reward",
+    "r3m",
+    "adaptive_scale",
+    "pcrm",
+    "mean_variance_pairs",
+)
+ANSWER_LOSSES = {"verifier": "label", "reward_regression": "score"}  # of single answers -> the column they read
 
 
 @dataclass(kw_only=True)
@@ -19,7 +29,11 @@ class RewardConfig(DatasetConfig):
     unit: ClassVar[str] = "pairs"
     learning_rate: float = flag(1e-4, "Peak learning rate.", at_least=0)
     loss_type: str = flag(
-        "bradley_terry", "The objective. bradley_terry reads a column `margin` if there is one.", choices=PAIR_LOSSES
+        "bradley_terry",
+        "The objective. bradley_terry reads a column `margin` if there is one; soft_bradley_terry needs `preference` "
+        "(0 to 1), bradley_terry_ties `tie` (true, false). verifier and reward_regression take single answers: prompt, "
+        "completion and `label` (true: right) or `score`.",
+        choices=(*PAIR_LOSSES, *ANSWER_LOSSES),
     )
     center_rewards_coefficient: float | None = flag(
         None, "Weight of (r_chosen + r_rejected)^2, which keeps rewards near 0; 0.01 is usual.", at_least=0
@@ -35,4 +49,8 @@ class RewardConfig(DatasetConfig):
         if self.label_smoothing and self.loss_type != "bradley_terry":
             raise ConfigError(
                 f"--label_smoothing {self.label_smoothing:g} has no effect with --loss_type {self.loss_type}; drop it"
+            )
+        if self.center_rewards_coefficient and self.loss_type in ANSWER_LOSSES:
+            raise ConfigError(
+                f"--center_rewards_coefficient centres pairs, and --loss_type {self.loss_type} has none; drop it"
             )

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastrl.train.configs.base import DatasetConfig
-from fastrl.train.flags import flag
+from fastrl.train.flags import ConfigError, flag
+
+# loss_type -> (field of a sample, the dataset's column that it is read from unless --signal_column says another).
+SIGNALS = {
+    "weighted_sft": ("weights", "weight"),
+    "c_rlft": ("label", "label"),
+    "unlikelihood": ("label", "label"),
+    "rwr": ("reward", "reward"),
+    "awr": ("advantage", "advantage"),
+}
+LOSSES = ("nll", "dft", "label_smoothing", "z_loss", "focal", "confidence_penalty", "eos_weighted", *SIGNALS)
 
 
 @dataclass(kw_only=True)
@@ -19,4 +29,32 @@ class SFTConfig(DatasetConfig):
         None, "Train the completion only (true) or the prompt too (false). none: completion only if there is a prompt."
     )
     assistant_only_loss: bool = flag(False, "Train only the assistant's turns of a conversation.")
-    loss_type: str = flag("nll", "The objective.", choices=("nll",))
+    loss_type: str = flag("nll", "The objective; see `fastrl losses NAME`.", choices=LOSSES)
+    label_smoothing_factor: float = flag(
+        0.0, "Share of the target mass spread over the vocabulary (nll, label_smoothing).", at_least=0, below=1
+    )
+    z_loss: float = flag(1e-4, "Weight of logsumexp^2 (z_loss).", at_least=0)
+    focal_gamma: float = flag(2.0, "Exponent of 1 - pi (focal).", at_least=0)
+    entropy_coef: float = flag(0.1, "Weight of the entropy bonus (confidence_penalty).")
+    eos_weight: float = flag(1.0, "Weight of the end-of-sequence token (eos_weighted).", at_least=0)
+    signal_column: str | None = flag(
+        None, "Column with each row's weight, label, reward or advantage; none: weight, label, reward, advantage."
+    )
+    normalise_weights: bool = flag(False, "Divide the loss by the sum of the weights (weighted_sft).")
+    unlikelihood_alpha: float = flag(1.0, "Weight of undesirable rows (unlikelihood).", at_least=0)
+    negative_weight: float = flag(0.1, "Weight of rows of the worse class (c_rlft).", at_least=0)
+    tau: float = flag(1.0, "Temperature of rewards or advantages (rwr, awr).", above=0)
+    max_weight: float = flag(20.0, "Largest weight of a row (awr).", above=0)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.label_smoothing_factor and self.loss_type not in ("nll", "label_smoothing"):
+            raise ConfigError(
+                f"--label_smoothing_factor {self.label_smoothing_factor:g} with --loss_type {self.loss_type} would "
+                "change nothing; use --loss_type nll, or drop it"
+            )
+        if self.loss_type == "label_smoothing" and not self.label_smoothing_factor:
+            raise ConfigError("--loss_type label_smoothing needs --label_smoothing_factor above 0, such as 0.1")
+        if self.signal_column is not None and self.loss_type not in SIGNALS:
+            known = ", ".join(SIGNALS)
+            raise ConfigError(f"--signal_column is read by {known}, not by --loss_type {self.loss_type}; drop it")

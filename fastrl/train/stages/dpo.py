@@ -5,26 +5,27 @@ from __future__ import annotations
 import dataclasses
 
 from fastrl import losses
-from fastrl.data import Rows, encode_dpo
+from fastrl.data import DataError, Rows, encode_dpo
 from fastrl.data.types import Sample
 from fastrl.objective import Objective
-from fastrl.train.configs.dpo import DPOConfig
+from fastrl.train.configs.dpo import WITH_SCORES, DPOConfig
+from fastrl.train.flags import ConfigError
 from fastrl.train.stages.base import Setting, limits_of, noted
 from fastrl.train.stages.reference import ReferenceStage
 
-# Flag -> the option of those losses that have it.
-OPTIONS = {
-    "beta": "beta",
-    "label_smoothing": "label_smoothing",
-    "reference_free": "reference_free",
-    "f_divergence_type": "f_divergence",
-    "f_alpha_divergence_coef": "f_alpha",
-    "use_weighting": "use_weighting",
-    "ld_alpha": "ld_alpha",
-    "discopop_tau": "tau",
-    "simpo_gamma": "gamma",
-    "cpo_alpha": "nll_coef",
-    "alpha": "alpha",
+# Flag -> (option of a loss, the losses whose option of that name it is; None: of every loss that has one).
+OPTIONS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "beta": ("beta", None),
+    "label_smoothing": ("label_smoothing", None),
+    "reference_free": ("reference_free", None),
+    "f_divergence_type": ("f_divergence", None),
+    "f_alpha_divergence_coef": ("f_alpha", None),
+    "use_weighting": ("use_weighting", None),
+    "ld_alpha": ("ld_alpha", None),
+    "discopop_tau": ("tau", ("discopop",)),
+    "simpo_gamma": ("gamma", ("simpo", "alphapo")),
+    "cpo_alpha": ("nll_coef", ("cpo", "orpo", "dpo_nll")),
+    "alpha": ("alpha", ("alphapo",)),
 }
 
 
@@ -41,15 +42,25 @@ class DPOStage(ReferenceStage):
 
 
 def objective_of(config: DPOConfig) -> Objective:
-    """The sum of the losses. A flag that none of them has is passed only where it was changed, and then refused."""
+    """The weighted sum of the losses. Raises ConfigError for a flag that was changed and that none of them has."""
     names, weights = config.losses()
-    known = {f.name for name in names for f in dataclasses.fields(losses.law(name))}
-    numbers = {}
-    for flag, option in OPTIONS.items():
-        value = getattr(config, flag)
-        if option in known or value != config.__dataclass_fields__[flag].default:
-            numbers[option] = value
-    return losses.combined(names, weights, **numbers)
+    terms, taken = [], set()
+    for name in names:
+        flags = flags_of(name)
+        taken |= flags.keys()
+        terms.append(losses.get(name, **{option: getattr(config, flag) for flag, option in flags.items()}))
+    for flag in OPTIONS:
+        if flag not in taken and getattr(config, flag) != config.__dataclass_fields__[flag].default:
+            raise ConfigError(f"--{flag} {getattr(config, flag)} changes nothing in {', '.join(names)}; drop it")
+    if weights is None and len(terms) == 1:
+        return terms[0]
+    return losses.Sum(tuple(zip(weights or [1.0] * len(terms), terms, strict=True)))
+
+
+def flags_of(name: str) -> dict[str, str]:
+    """flag -> option of this loss."""
+    known = {f.name for f in dataclasses.fields(losses.law(name))}
+    return {flag: option for flag, (option, of) in OPTIONS.items() if option in known and (of is None or name in of)}
 
 
 def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> DPOStage:
@@ -60,4 +71,11 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) ->
         flat = noted(notes, split, encode_dpo(rows, setting.tokenizer, limits))
         return list(zip(flat[0::2], flat[1::2], strict=True))
 
-    return DPOStage(setting, encode(train, "train"), encode(test, "test"))
+    pairs = encode(train, "train")
+    unscored = [name for name in setting.config.loss_type if name in WITH_SCORES]
+    if unscored and "reward" not in pairs[0][0].fields:
+        raise DataError(
+            f"--loss_type {unscored[0]} reads how much better the chosen is; give {train.name} the number columns "
+            "score_chosen and score_rejected"
+        )
+    return DPOStage(setting, pairs, encode(test, "test"))

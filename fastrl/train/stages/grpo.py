@@ -6,48 +6,93 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastrl import losses
 from fastrl.advantages import group_normalised
 from fastrl.data import Rows, encode_prompts
 from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import DataError, Prompt, Sample
+from fastrl.losses.corrections import CORRECTIONS, OPSM, Correction
+from fastrl.models import PackedModel
+from fastrl.objective import LossOutput
 from fastrl.rewards import load_rewards
 from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler
 from fastrl.train.config import GRPOConfig
+from fastrl.train.configs.online import OnlineConfig
+from fastrl.train.control import AdaptiveEntropy
+from fastrl.train.flags import ConfigError
 from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import Setting, give_logprobs, noted
 from fastrl.train.stages.grpo_metrics import completion_metrics, reward_metrics
 from fastrl.train.step import Forward, MicroBatch, plan
 
+READ_REWARDS = ("a2po", "vapo")  # losses that read the rewards themselves
 
 def objective_of(config: GRPOConfig):
-    """The objective that --loss_type names, with the flags as its numbers."""
-    numbers = {"kl_coef": config.beta, "kl": config.kl_estimator, "entropy_coef": config.entropy_coef}
-    if config.loss_type != "reinforce":
-        numbers |= {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.delta}
-    if config.loss_type == "dr_grpo":
-        numbers["max_length"] = config.max_completion_length
-    return losses.get(config.loss_type, **numbers)
+    """The objective that --loss_type names, with the flags as its numbers. Raises ConfigError for what does not fit."""
+    try:
+        return losses.get(config.objective_name, **config.numbers, corrections=corrections_of(config))
+    except ValueError as error:
+        raise ConfigError(f"--loss_type {config.loss_type}: {error}") from error
+
+
+def corrections_of(config: GRPOConfig) -> tuple[Correction, ...]:
+    """Off-policy weights and masks by TRL's flags."""
+    made = []
+    if config.importance_sampling_mode != "none":
+        low = config.importance_sampling_clip_min or 0.0
+        made.append(CORRECTIONS[config.importance_sampling_mode](low, config.importance_sampling_clip_max))
+    if config.off_policy_mask_threshold is not None:
+        made.append(OPSM(config.off_policy_mask_threshold))
+    return tuple(made)
+
+
+def entropy_controller(config: OnlineConfig) -> AdaptiveEntropy | None:
+    if not getattr(config, "use_adaptive_entropy", False):
+        return None
+    limits = {"low": config.entropy_coef_min, "high": config.entropy_coef_max}
+    return AdaptiveEntropy(config.entropy_coef, config.entropy_target, config.entropy_coef_delta, **limits)
 
 
 class GRPOStage:
-    """Sample, score, normalise in the group; then as many optimizer steps as the sampled batch holds."""
+    """Sample, score, normalise in the group; then as many optimizer steps as the sampled batch holds.
+
+    Subclasses change the objective, the policies that score the samples, and the advantages.
+    """
 
     def __init__(self, setting: Setting, prompts: list[Prompt], held_out: list[Prompt], sampler: Sampler, scorer):
-        config: GRPOConfig = setting.config
+        config: OnlineConfig = setting.config
         self.setting, self.config = setting, config
         self.prompts, self.held_out, self.sampler, self.scorer = prompts, held_out, sampler, scorer
-        self.objective = objective_of(config)
+        self.objective = self.make_objective()
         self.how = Forward(config.temperature, ("entropy",), setting.autocast, config.debug_checks)
         self.sampling = Sampling(config.max_completion_length, config.temperature)
         self.prompts_at_once = config.completions_per_generation // config.num_generations
         self.order = IndexSampler(len(prompts), config.seed)
         self.steps_per_epoch = self.order.batches_per_epoch(self.prompts_at_once) * config.updates_per_generation
         self.pending: list[list[Sample]] = []  # optimizer steps sampled and not yet trained
+        self.entropy = entropy_controller(config)
+        self.entropy_seen: list[Tensor] = []  # of the micro-batches of the last step
+
+    def watch(self, out: LossOutput, log: MetricsLogger) -> None:
+        """After each micro-batch's backward."""
+        if self.entropy is not None:
+            self.entropy_seen.append(out.metrics["entropy"])
+
+    def follow_entropy(self, log: MetricsLogger) -> None:
+        """Set the bonus of the coming step by the entropy of the last."""
+        if self.entropy is None:
+            return
+        if self.entropy_seen:
+            self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
+        self.entropy_seen = []
+        log.add_mean({"entropy_coef": self.entropy.coef})
+        self.objective = dataclasses.replace(self.objective, entropy_coef=self.entropy.active)
 
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
+        self.follow_entropy(log)
         if not self.pending:
             self.pending = self.roll_out(log)
         return plan(self.pending.pop(0), self.config.max_tokens_per_device, self.setting.device)
@@ -59,25 +104,42 @@ class GRPOStage:
             made = self.sampler.generate([p.ids for p in prompts], self.sampling, self.config.num_generations)
         samples, scores = self.score(prompts, made, log)
         log.add_mean(completion_metrics([c for group in made for c in group], self.config.max_completion_length))
-        groups = torch.tensor([s.fields["group_id"] for s in samples])
-        advantages, std = group_normalised(scores.total, groups, self.config.scale_rewards)
-        log.add_mean(reward_metrics(scores, std, groups))
-        for sample, advantage in zip(samples, advantages.tolist(), strict=True):
-            sample.fields["advantage"] = advantage
         size = self.config.batch_size
         steps = [samples[i : i + size] for i in range(0, len(samples), size)]
         for step in steps:
             self.give_logprobs(step, log)
+        groups = torch.tensor([s.fields["group_id"] for s in samples])
+        _, std = group_normalised(scores.total, groups)
+        log.add_mean(reward_metrics(scores, std, groups))
+        advantages = self.advantages(samples, scores.total, groups, log)
+        for sample, advantage, reward in zip(samples, advantages.tolist(), scores.total.tolist(), strict=True):
+            sample.fields["advantage"] = advantage
+            if getattr(self.config, "loss_type", None) in READ_REWARDS:
+                sample.fields["reward"] = reward
         return [step for _ in range(self.config.num_iterations) for step in steps]
 
-    def give_logprobs(self, samples: list[Sample], log: MetricsLogger) -> None:
+    def make_objective(self):
+        return objective_of(self.config)
+
+    def advantages(self, samples: list[Sample], rewards: Tensor, groups: Tensor, log: MetricsLogger) -> Tensor:
+        """[S] of everything sampled at once."""
+        return group_normalised(rewards, groups, self.config.scale_rewards)[0]
+
+    def scored_by(self) -> dict[str, PackedModel]:
         """Old log-probs (a batch used for one update needs none: they are the current ones) and the reference's."""
-        setting = self.setting
-        models = {"ref_logprobs": setting.reference} if setting.reference is not None else {}
-        if self.config.updates_per_generation > 1:
-            models["old_logprobs"] = setting.model
-        for name, model in models.items():
-            give_logprobs(model, name, plan(samples, self.config.max_tokens_per_device, setting.device), self.how, log)
+        setting, config = self.setting, self.config
+        models = {} if setting.reference is None else {"ref_logprobs": setting.reference}
+        reads_old = config.updates_per_generation > 1 or bool(config.needs_sampler_logprobs)
+        return models | ({"old_logprobs": setting.model} if reads_old or self.objective.anchor == "rollout" else {})
+
+    def give_logprobs(self, samples: list[Sample], log: MetricsLogger) -> None:
+        """What the policies of `scored_by` say of the samples; the sampler is the model itself if it says nothing."""
+        for name, model in self.scored_by().items():
+            micros = plan(samples, self.config.max_tokens_per_device, self.setting.device)
+            give_logprobs(model, name, micros, self.how, log)
+        if self.objective.anchor == "rollout":
+            for sample in samples:
+                sample.fields.setdefault("rollout_logprobs", sample.fields["old_logprobs"])
 
     def score(self, prompts: Sequence[Prompt], made: list[list[Completion]], log: MetricsLogger):
         """Token-exact samples of all completions, and their rewards."""
@@ -85,8 +147,10 @@ class GRPOStage:
         for group_id, (prompt, completions) in enumerate(zip(prompts, made, strict=True)):
             for c in completions:
                 sample = Sample.from_parts(prompt.ids, c.ids, group_id=group_id)
+                if c.logprobs is not None:
+                    sample.fields["rollout_logprobs"] = list(c.logprobs)
                 if c.truncated and self.config.mask_truncated_completions:
-                    sample = dataclasses.replace(sample, completion_mask=[False] * len(sample))
+                    sample = untrained(sample)
                 samples.append(sample)
         owners = [p for p, group in zip(prompts, made, strict=True) for _ in group]
         with log.timing("reward"):
@@ -111,18 +175,35 @@ class GRPOStage:
 
     def state_dict(self) -> dict:
         """Data order, and the samples that wait for their optimizer step."""
+        if self.entropy is not None and self.entropy_seen:  # the step that was just trained
+            self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
+            self.entropy_seen = []
         return {
+            "entropy": None if self.entropy is None else self.entropy.state_dict(),
             "order": self.order.state_dict(),
             "pending": [[dataclasses.asdict(s) for s in step] for step in self.pending],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.order.load_state_dict(state["order"])
+        if self.entropy is not None and state.get("entropy"):
+            self.entropy.load_state_dict(state["entropy"])
         self.pending = [[Sample(**s) for s in step] for step in state["pending"]]
 
 
-def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> GRPOStage:
-    config: GRPOConfig = setting.config
+def untrained(sample: Sample) -> Sample:
+    """The same without a trained token, and so without numbers of any."""
+    fields = {n: [] if isinstance(x, list) else x for n, x in sample.fields.items()}
+    return dataclasses.replace(sample, completion_mask=[False] * len(sample), fields=fields)
+
+
+def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str], kind=GRPOStage) -> GRPOStage:
+    config: OnlineConfig = setting.config
+    if wanted := getattr(config, "needs_sampler_logprobs", None):
+        raise ConfigError(
+            f"{wanted} needs log-probs from the sampler; this one draws from the trained model itself, where every "
+            "weight is 1: drop it, or build the stage with a sampler whose completions have logprobs"
+        )
     context = setting.model.context_length
     room = None if context is None else context - config.max_completion_length
     if room is not None and room < 1:
@@ -140,4 +221,4 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) ->
 
     sampler = TransformersSampler(setting.model.model, setting.tokenizer)
     scorer = load_rewards(config.reward_funcs, config.reward_weights, setting.tokenizer, opener(setting))
-    return GRPOStage(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)
+    return kind(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)

@@ -67,7 +67,7 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) ->
 
 
 def balance(config, samples: list[Sample]) -> list[str]:
-    """A note where the weights leave one label with far more say (Ethayarajh et al. 2024, section 4.2: 1 to 4/3)."""
+    """A note where one label has far more say: its paper (eq. 8) has desirable to undesirable at 1 to 4/3."""
     good = sum(s.fields["label"] for s in samples)
     bad = len(samples) - good
     if not good or not bad:

@@ -113,13 +113,10 @@ class PPOStage:
         rewards = token_rewards(total.double().nan_to_num(0.0), cu_seqlens, kl=kl, beta=config.kl_coef)
         if config.whiten_rewards:
             rewards = whitened(rewards, shift_mean=False).double()
-        bootstrap = None
-        if config.bootstrap_truncated:
-            after = torch.tensor([s.fields["value_after"] * s.fields["cut"] for s in samples], dtype=torch.float64)
-            bootstrap = after
-        advantages, returns = gae(
-            rewards, values, cu_seqlens, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap
-        )
+        after = torch.tensor([s.fields["value_after"] * s.fields["cut"] for s in samples], dtype=torch.float64)
+        bootstrap = after if config.bootstrap_truncated else None
+        how = {"gamma": config.gamma, "lam": config.lam, "bootstrap": bootstrap}
+        advantages, returns = gae(rewards, values, cu_seqlens, **how)
         if config.whiten_advantages:
             advantages = whitened(advantages)
         log.add_mean(objective_metrics(total, kl, old, cu_seqlens, config.kl_coef))

@@ -29,7 +29,7 @@ class ReferenceStage(DatasetStage):
         return super().evaluate(log)
 
     def follow(self) -> None:
-        """Move the reference where a move is due (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656, eq. 4)."""
+        """Move the reference where a move is due (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
         config = self.setting.config
         due = config.sync_ref_model and self.steps % config.ref_model_sync_steps == 0
         if due and self.synced < self.steps:

@@ -1,4 +1,4 @@
-"""Reward models: preference pairs of the dataset, a scalar head read at the last token of each answer."""
+"""Reward models: preference pairs of the dataset, or single answers, and a head read at each one's last token."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import dataclasses
 from typing import Any
 
 from fastrl import losses
-from fastrl.data import Rows
-from fastrl.data.scored import encode_reward
+from fastrl.data import DataError, Rows
+from fastrl.data.scored import encode_answers, encode_reward
 from fastrl.data.types import Sample
 from fastrl.models.score import ScoreModel, load_reward_model
 from fastrl.objective import LossOutput
 from fastrl.train.config import RewardConfig
+from fastrl.train.configs.reward import ANSWER_LOSSES
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import DatasetStage, Setting, limits_of, noted
 from fastrl.train.step import Forward, MicroBatch
 
 
 def objective_of(config: RewardConfig):
-    """The pair loss that --loss_type names, with the flags as its numbers."""
-    numbers = {"center": config.center_rewards_coefficient or 0.0}
+    """The loss that --loss_type names, with the flags as its numbers."""
+    numbers = {} if config.loss_type in ANSWER_LOSSES else {"center": config.center_rewards_coefficient or 0.0}
     if config.loss_type == "bradley_terry":
         numbers["label_smoothing"] = config.label_smoothing
     if config.loss_type == "r3m":
@@ -41,12 +42,11 @@ def with_margins(micro: MicroBatch) -> MicroBatch:
 
 
 class RewardStage(DatasetStage):
-    """pairs: chosen and rejected of each; the two never part, so a micro-batch always holds whole pairs."""
+    """items: chosen and rejected of each pair, which never part, or single answers."""
 
-    unit = 2
-
-    def __init__(self, setting: Setting, pairs: list[tuple[Sample, Sample]], held_out: list[tuple[Sample, Sample]]):
-        super().__init__(setting, [list(p) for p in pairs], [list(p) for p in held_out])
+    def __init__(self, setting: Setting, items: list[list[Sample]], held_out: list[list[Sample]]):
+        super().__init__(setting, items, held_out)
+        self.unit = len(items[0])
         self.objective = objective_of(setting.config)
         self.how = Forward(1.0, (), setting.autocast, setting.config.debug_checks)
 
@@ -69,11 +69,17 @@ def load_model(config: RewardConfig, path: str, options: dict[str, Any]) -> Scor
 
 
 def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> RewardStage:
-    def encode(rows: Rows | None, split: str) -> list:
+    def encode(rows: Rows | None, split: str) -> list[list[Sample]]:
         if rows is None:
             return []
-        limits, pad = limits_of(setting.config, setting.model), setting.model.pad_token_id
-        flat = noted(notes, split, encode_reward(rows, setting.tokenizer, limits, pad))
-        return list(zip(flat[0::2], flat[1::2], strict=True))
+        how = (rows, setting.tokenizer, limits_of(setting.config, setting.model), setting.model.pad_token_id)
+        column = ANSWER_LOSSES.get(setting.config.loss_type)
+        if column is not None:
+            return [[sample] for sample in noted(notes, split, encode_answers(*how, column))]
+        flat = noted(notes, split, encode_reward(*how))
+        needed = {"soft_bradley_terry": "preference", "bradley_terry_ties": "tie"}.get(setting.config.loss_type)
+        if needed and needed not in flat[0].fields:
+            raise DataError(f"--loss_type {setting.config.loss_type} needs a column {needed!r} in the {split} split")
+        return [list(pair) for pair in zip(flat[0::2], flat[1::2], strict=True)]
 
     return RewardStage(setting, encode(train, "train"), encode(test, "test"))

@@ -1,13 +1,35 @@
-"""SFT: prompts and responses of the dataset, coefficient -1 on every trained token."""
+"""SFT: prompts and responses of the dataset, coefficient -1 on every trained token, or another law of supervised.py."""
 
 from __future__ import annotations
 
+from numbers import Real
+
 from fastrl import losses
 from fastrl.data import Rows, encode_sft
-from fastrl.data.types import Sample
+from fastrl.data.types import DataError, Sample, excerpt
+from fastrl.objective import Objective
 from fastrl.train.config import SFTConfig
+from fastrl.train.configs.sft import SIGNALS
 from fastrl.train.stages.base import DatasetStage, Setting, limits_of, noted
 from fastrl.train.step import Forward
+
+
+def objective_of(config: SFTConfig, eos_id: int | None) -> Objective:
+    """The objective that --loss_type names, with the flags as its numbers."""
+    if config.label_smoothing_factor:
+        return losses.get("label_smoothing", label_smoothing=config.label_smoothing_factor)
+    numbers = {
+        "z_loss": {"z_loss": config.z_loss},
+        "focal": {"gamma": config.focal_gamma},
+        "confidence_penalty": {"entropy_coef": config.entropy_coef},
+        "eos_weighted": {"eos_id": eos_id, "eos_weight": config.eos_weight},
+        "weighted_sft": {"normalise": config.normalise_weights},
+        "unlikelihood": {"alpha": config.unlikelihood_alpha},
+        "c_rlft": {"negative_weight": config.negative_weight},
+        "rwr": {"tau": config.tau},
+        "awr": {"tau": config.tau, "max_weight": config.max_weight},
+    }
+    return losses.get(config.loss_type, **numbers.get(config.loss_type, {}))
 
 
 class SFTStage(DatasetStage):
@@ -15,8 +37,26 @@ class SFTStage(DatasetStage):
 
     def __init__(self, setting: Setting, samples: list[Sample], held_out: list[Sample]):
         super().__init__(setting, [[s] for s in samples], [[s] for s in held_out])
-        self.objective = losses.get(setting.config.loss_type)
+        self.objective = objective_of(setting.config, setting.tokenizer.eos_token_id)
         self.how = Forward(1.0, ("entropy", "is_argmax"), setting.autocast, setting.config.debug_checks)
+
+
+def attach_signal(samples: list[Sample], rows: Rows, config: SFTConfig) -> list[Sample]:
+    """Give each sample the number that the loss reads of its row. Raises DataError naming the row without one."""
+    if config.loss_type not in SIGNALS:
+        return samples
+    name, column = SIGNALS[config.loss_type]
+    column = config.signal_column or column
+    for sample in samples:
+        row = sample.fields["row"]
+        value = rows[row].get(column)
+        if not isinstance(value, (bool, Real)):
+            raise DataError(
+                f"{rows.where(row)}: --loss_type {config.loss_type} reads the column {column!r}, a number or bool, and "
+                f"found {excerpt(value)}; add it, or name another one with --signal_column"
+            )
+        sample.fields[name] = bool(value) if name == "label" else float(value)
+    return samples
 
 
 def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> SFTStage:
@@ -27,7 +67,9 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) ->
     }
 
     def encode(rows: Rows | None, split: str) -> list:
+        if rows is None:
+            return []
         limits = limits_of(config, setting.model)
-        return [] if rows is None else noted(notes, split, encode_sft(rows, setting.tokenizer, limits, **options))
+        return attach_signal(noted(notes, split, encode_sft(rows, setting.tokenizer, limits, **options)), rows, config)
 
     return SFTStage(setting, encode(train, "train"), encode(test, "test"))
