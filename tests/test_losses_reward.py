@@ -16,7 +16,7 @@ from papers_reward import ROWS, SEQUENCES, Answer, Row
 
 import fastrl
 from fastrl import HeadStats, TokenBatch, loss_from_scores, losses
-from fastrl.losses import reward, value
+from fastrl.losses import reward, reward_ratings, value
 from fastrl.objective import scope_of
 
 GROUPS = (0, 0, 0, 4, 4, 4, 2, 2, 2, 9, 9, 9)
@@ -53,7 +53,8 @@ EVERY = [(name, i) for name in CASES for i in range(len(CASES[name]))]
 
 
 def test_every_law_is_covered():
-    assert set(CASES) == set(reward.REWARD) | set(value.VALUE) == set(SEQUENCES) | set(ROWS)
+    ours_ = {**reward.REWARD, **reward_ratings.RATINGS, **value.VALUE}
+    assert set(CASES) == set(ours_) == set(SEQUENCES) | set(ROWS)
     for name in CASES:
         law = losses.law(name)
         assert law.paper and law.formula and scope_of(law()) and law.reads in ("scores", "values")
@@ -466,7 +467,7 @@ MUTANTS = {
     ),
     "chosen and rejected swapped": (reward, "pairs", lambda f: lambda x: f(x)[::-1], "r3m", 0),
     "worse ones left out of the list": (
-        reward.PlackettLuceReward,
+        reward_ratings.PlackettLuceReward,
         "__call__",
         lambda f: lambda self, s, b: f(self, s, dataclasses.replace(b, rewards=-b.rewards)),
         "plackett_luce_reward",

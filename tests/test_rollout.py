@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from fastrl.models import PackedModel
 from fastrl.quickstart.model import build_config, build_tokenizer
-from fastrl.rollout import Sampling, TransformersSampler
+from fastrl.rollout import Sampling, TransformersSampler, record
 from fastrl.rollout.transformers import _batches, eos_ids
 
 torch.set_num_threads(1)
@@ -194,6 +195,66 @@ def test_cut_distributions_only_on_request(model, tokenizer):
     only_top = Sampling(6, top_k=1, allow_cut=True)
     greedy = TransformersSampler(model, tokenizer).generate(PROMPTS, Sampling(6, temperature=0))
     assert TransformersSampler(model, tokenizer).generate(PROMPTS, only_top, seed=0) == greedy
+
+
+def check_logprobs(model, tokenizer, temperature: float) -> None:
+    """Against fastrl's own of the same tokens, unpadded and without cache; and asking changes no draw."""
+    ask = {"n": 3, "seed": 1}
+    sampler = TransformersSampler(model, tokenizer, max_tokens=60)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 3  # so that some completions end early
+    plain = sampler.generate(PROMPTS, Sampling(7, temperature), **ask)
+    made = sampler.generate(PROMPTS, Sampling(7, temperature, logprobs=True), **ask)
+    flat = [(p, c) for p, group in zip(PROMPTS, made, strict=True) for c in group]
+    assert [c.ids for g in plain for c in g] == [c.ids for _, c in flat]
+    assert all(c.logprobs is None for g in plain for c in g)
+    assert {c.truncated for _, c in flat} == {True, False}
+    packed = PackedModel(model)
+    packed.eval()
+    for prompt, c in flat:
+        ids, first = torch.tensor([*prompt, *c.ids]), len(prompt) - 1
+        rows = torch.arange(first, len(ids) - 1)
+        with torch.no_grad():
+            stats = packed(ids, torch.tensor([0, len(ids)]), rows=rows, targets=ids[rows + 1], temperature=temperature)
+        assert len(c.logprobs) == len(c.ids)
+        torch.testing.assert_close(torch.tensor(c.logprobs), stats.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_the_draws(model, tokenizer, temperature):
+    check_logprobs(model, tokenizer, temperature)
+
+
+def test_wrong_logprobs_are_noticed(model, tokenizer, monkeypatch):
+    """Of the token before, of the untempered logits, without a normaliser."""
+    drawn, scale = record._Drawn.__call__, record._Scale.__call__
+
+    def untempered(self, ids, scores):
+        made = scale(self, ids, scores)
+        self.record.scores = scores
+        return made
+
+    def unnormalised(self, ids, scores, **kwargs):
+        self.record.scores = self.record.scores + 0.01
+        made = drawn(self, ids, scores, **kwargs)
+        self.record.steps[-1] = self.record.steps[-1] + 0.01
+        return made
+
+    planted = [
+        (record._Drawn, lambda self, ids, scores, **kwargs: drawn(self, ids[:, :-1], scores, **kwargs)),
+        (record._Scale, untempered),
+        (record._Drawn, unnormalised),
+    ]
+    for where, wrong in planted:
+        with monkeypatch.context() as patch, pytest.raises(AssertionError):
+            patch.setattr(where, "__call__", wrong)
+            check_logprobs(model, tokenizer, 0.6)
+
+
+def test_only_draws_from_the_whole_distribution_have_logprobs():
+    for options in ({"temperature": 0.0}, {"top_k": 3, "allow_cut": True}, {"top_p": 0.5, "allow_cut": True}):
+        with pytest.raises(ValueError, match="whole distribution have log-probs"):
+            Sampling(4, logprobs=True, **options)
 
 
 def test_batches_stay_within_the_budget():

@@ -24,6 +24,7 @@ from fastrl.losses.reference_free import REFERENCE_FREE
 from fastrl.losses.regression import REGRESSION
 from fastrl.losses.regression_pairs import REGRESSION_PAIRS
 from fastrl.losses.reward import REWARD
+from fastrl.losses.reward_ratings import RATINGS
 from fastrl.losses.sequence_ratio import SEQUENCE_RATIO
 from fastrl.losses.stepwide import STEPWIDE
 from fastrl.losses.supervised import NLL, SUPERVISED
@@ -47,6 +48,7 @@ TABLE = {
     **CONTRASTIVE_LISTS,
     **LISTWISE,
     **REWARD,
+    **RATINGS,
     **VALUE,
 }
 # Names of other trainers -> ours.

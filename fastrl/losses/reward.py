@@ -1,74 +1,20 @@
-"""Reward models: losses on one number a sequence (HeadStats.scores), from pairs, lists, ratings or labels.
+"""Reward models: losses on one number a sequence (HeadStats.scores), from interleaved pairs.
 
-d = r(chosen) - r(rejected) on interleaved pairs, m = batch.margins where they are given. sp(x) = log(1 + e^x).
+d = r(chosen) - r(rejected), m = batch.margins where they are given. sp(x) = log(1 + e^x).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from fastrl.losses.kl import safe_exp
+from fastrl.losses.heads import check_numbers, check_range, column_of, log_variance_of, scores_of, softplus
 from fastrl.losses.margin import pairs
-from fastrl.objective import group_index, num_groups
 from fastrl.tokens import HeadStats, TokenBatch
-
-LOG_VARIANCE = 30.0  # log-variances beyond +-30 are taken at the bound: the loss stays inside float32
-
-
-def softplus(x: Tensor) -> Tensor:
-    """sp(x) = -log sigma(-x), to full precision everywhere (torch's own softplus is x from 20 on)."""
-    return -logsigmoid(-x)
-
-
-# -- what these losses share -------------------------------------------------------------------------------------------
-def check_numbers(law) -> None:
-    """Every number of a loss is finite. Raises ValueError naming the option, what was expected and what came."""
-    for f in fields(law):
-        value = getattr(law, f.name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isfinite(value):
-            raise ValueError(f"{f.name} must be finite, got {value}")
-
-
-def check_range(law, name: str, low: float, high: float = math.inf, closed: bool = False) -> None:
-    """low < option < high (closed: low <= option <= high), or ValueError."""
-    value = getattr(law, name)
-    if not (low <= value <= high if closed else low < value < high):
-        words = "between" if closed else "strictly between"
-        raise ValueError(f"{name} must be {words} {low:g} and {high:g}, got {value}")
-
-
-def scores_of(stats: HeadStats, outputs: int | None = None) -> Tensor:
-    """[S] scores, or [S, K] where `outputs` says that several are read (0: any number of them)."""
-    scores = getattr(stats, "scores", None)
-    if scores is None:
-        raise ValueError(
-            "this loss reads the scores of a reward head: give HeadStats(scores=...) to fastrl.loss_from_scores"
-        )
-    wrong = scores.dim() != 1 if outputs is None else scores.dim() != 2 or outputs not in (0, scores.shape[1])
-    if wrong:
-        want = "[S]" if outputs is None else f"[S, K={outputs or 'any'}]"
-        raise ValueError(f"scores must be {want} for this loss, got {list(scores.shape)}")
-    return scores
-
-
-def log_variance_of(stats: HeadStats) -> Tensor:
-    if stats.log_variance is None:
-        raise ValueError("this loss needs the log_variance of a mean-variance head beside its mean; got None")
-    return stats.log_variance.clamp(-LOG_VARIANCE, LOG_VARIANCE)
-
-
-def column_of(batch: TokenBatch, name: str) -> Tensor:
-    """[S] a field or a further column of the batch."""
-    value = getattr(batch, name, None) if hasattr(batch, name) else batch.per_sequence.get(name)
-    if value is None:
-        raise ValueError(f"this loss needs batch.{name} [S]; got None")
-    return value
 
 
 def pair_metrics(scores: Tensor) -> dict[str, Tensor]:
@@ -325,126 +271,6 @@ class MeanVariancePairs(PairReward):
         return loss + self.center * (chosen + rejected).square() if self.center else loss
 
 
-# -- lists -------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class PlackettLuceReward:
-    """Likelihood of a ranking, best first: -sum_k [r_k - logsumexp over those ranked k or worse]. Scope: group.
-
-    batch.rewards rank a group's sequences (higher is better); equals compete with each other (Breslow's rule), so that
-    the order in which they come says nothing. A sequence whose rank is NaN is left out.
-    """
-
-    paper: ClassVar[str] = "Plackett 1975; Ouyang et al. 2022 for K answers a prompt; Xia et al. 2008, ListMLE"
-    formula: ClassVar[str] = "-sum_k [r_k - log sum_{j ranked k or worse} e^(r_j)]"
-    scope: ClassVar[str] = "group"
-    reads: ClassVar[str] = "scores"
-
-    def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [G]
-        scores, ranks, group = scores_of(stats), column_of(batch, "rewards"), group_index(batch)
-        same = group[:, None] == group[None, :]
-        ranked = ~ranks.isnan()
-        mine = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        rivals = mine | (same & (ranks[None, :] <= ranks[:, None]))  # [S, S]
-        lost = scores[None, :].masked_fill(~rivals, -math.inf).logsumexp(1) - scores
-        lost = torch.where(ranked, lost, torch.zeros_like(lost))
-        return lost.new_zeros(num_groups(batch)).index_add(0, group, lost)
-
-
-# -- ratings and labels ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class RewardRegression:
-    """(r - y)^2 of each sequence's score and its rating batch.rewards. Scope: sequence."""
-
-    paper: ClassVar[str] = "Wang et al. 2024, HelpSteer2, arXiv:2406.08673 (one attribute)"
-    formula: ClassVar[str] = "(r - y)^2"
-    scope: ClassVar[str] = "sequence"
-    reads: ClassVar[str] = "scores"
-
-    def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [S]
-        return (scores_of(stats) - column_of(batch, "rewards").to(stats.scores.dtype)).square()
-
-    def metrics(self, stats: HeadStats, batch: TokenBatch) -> dict[str, Tensor]:
-        return {"mean_reward": stats.scores}
-
-
-@dataclass(frozen=True)
-class MultiAttribute:
-    """Mean over the attributes that were rated of (r_k - y_k)^2. Scope: sequence.
-
-    scores [S, K]; ratings per_sequence["attributes"] [S, K], NaN where an attribute was not rated.
-    """
-
-    paper: ClassVar[str] = "Wang et al. 2024, ArmoRM, arXiv:2406.12845, eq. 1"
-    formula: ClassVar[str] = "mean over rated k of (r_k - y_k)^2"
-    scope: ClassVar[str] = "sequence"
-    reads: ClassVar[str] = "scores"
-
-    def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [S]
-        scores, ratings = scores_of(stats, 0), column_of(batch, "attributes")
-        if ratings.shape != scores.shape:
-            raise ValueError(f"attributes must be {list(scores.shape)} like the scores, got {list(ratings.shape)}")
-        rated = ~ratings.isnan()
-        gap = torch.where(rated, scores - ratings.nan_to_num(0.0).to(scores.dtype), torch.zeros_like(scores))
-        return gap.square().sum(1) / rated.sum(1).clamp(min=1)
-
-
-@dataclass(frozen=True)
-class QuantileReward:
-    """Pinball loss of K quantiles of a rating, at levels (k + 1/2) / K. Scope: sequence.
-
-    u = y - q_k: mean over k of max(level u, (level - 1) u). scores [S, K], y = batch.rewards.
-    """
-
-    paper: ClassVar[str] = "Dorka 2024, quantile reward models, arXiv:2409.10164"
-    formula: ClassVar[str] = "mean_k max(a_k u_k, (a_k - 1) u_k), u_k = y - q_k, a_k = (k + 1/2) / K"
-    scope: ClassVar[str] = "sequence"
-    reads: ClassVar[str] = "scores"
-
-    def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [S]
-        quantiles = scores_of(stats, 0)
-        k = quantiles.shape[1]
-        levels = (torch.arange(k, device=quantiles.device, dtype=quantiles.dtype) + 0.5) / k
-        u = column_of(batch, "rewards").to(quantiles.dtype)[:, None] - quantiles
-        return torch.where(u >= 0, levels * u, (levels - 1) * u).mean(1)
-
-
-@dataclass(frozen=True)
-class GaussianReward:
-    """Gaussian negative log-likelihood of a rating under a mean-variance head. Scope: sequence."""
-
-    mean_variance: ClassVar[bool] = True
-    paper: ClassVar[str] = "Nix and Weigend 1994; Lou et al. 2024, uncertainty-aware reward model, arXiv:2410.00847"
-    formula: ClassVar[str] = "(log s^2 + (r - y)^2 / s^2) / 2"
-    scope: ClassVar[str] = "sequence"
-    reads: ClassVar[str] = "scores"
-
-    def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [S]
-        gap = scores_of(stats) - column_of(batch, "rewards").to(stats.scores.dtype)
-        return gaussian_nll(gap, log_variance_of(stats))
-
-
-def gaussian_nll(gap: Tensor, log_variance: Tensor) -> Tensor:
-    """(log s^2 + gap^2 / s^2) / 2, without the constant."""
-    return 0.5 * (log_variance + gap.square() * safe_exp(-log_variance))
-
-
-@dataclass(frozen=True)
-class Verifier:
-    """Is the answer right? Binary cross-entropy of each score with batch.labels [S]. Scope: sequence."""
-
-    paper: ClassVar[str] = "Cobbe et al. 2021, arXiv:2110.14168, section 4.2"
-    formula: ClassVar[str] = "-log sigma(r) if right else -log sigma(-r)"
-    scope: ClassVar[str] = "sequence"
-    reads: ClassVar[str] = "scores"
-
-    def __call__(self, stats: HeadStats, batch: TokenBatch) -> Tensor:  # [S]
-        scores, right = scores_of(stats), column_of(batch, "labels").bool()
-        return softplus(torch.where(right, -scores, scores))
-
-    def metrics(self, stats: HeadStats, batch: TokenBatch) -> dict[str, Tensor]:
-        return {"accuracy": ((stats.scores > 0) == batch.labels.bool()).float(), "mean_reward": stats.scores}
-
-
 REWARD = {
     "bradley_terry": BradleyTerry,
     "soft_bradley_terry": SoftBradleyTerry,
@@ -455,10 +281,4 @@ REWARD = {
     "pcrm": PCRM,
     "confidence_pairs": ConfidencePairs,
     "mean_variance_pairs": MeanVariancePairs,
-    "plackett_luce_reward": PlackettLuceReward,
-    "reward_regression": RewardRegression,
-    "multi_attribute": MultiAttribute,
-    "quantile_reward": QuantileReward,
-    "gaussian_reward": GaussianReward,
-    "verifier": Verifier,
 }

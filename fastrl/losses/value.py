@@ -12,22 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastrl.losses.reward import check_numbers, check_range, gaussian_nll, log_variance_of, softplus
+from fastrl.losses.heads import check_numbers, check_range, gaussian_nll, log_variance_of, softplus, values_of
 from fastrl.tokens import HeadStats, TokenBatch
-
-
-def values_of(stats: HeadStats, outputs: int | None = None) -> Tensor:
-    """[T] values, or [T, K] where `outputs` says that several are read (0: any number of them)."""
-    values = getattr(stats, "values", None)
-    if values is None:
-        raise ValueError(
-            "this loss reads the values of a head at every row: give HeadStats(values=...) to fastrl.loss_from_scores"
-        )
-    wrong = values.dim() != 1 if outputs is None else values.dim() != 2 or outputs not in (0, values.shape[1])
-    if wrong:
-        want = "[T]" if outputs is None else f"[T, K={outputs or 'any'}]"
-        raise ValueError(f"values must be {want} for this loss, got {list(values.shape)}")
-    return values
 
 
 # -- critics -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ class Sampling:
     temperature 0 is greedy. `top_p < 1` and `top_k > 0` cut the distribution: the log-probs of the model are then not
     those the tokens were drawn with, and every policy-gradient ratio is off by log(kept mass). They are refused unless
     `allow_cut` says that nothing will be trained on these samples.
+
+    logprobs: ask for the log-prob of every drawn token under softmax(logits / temperature), the distribution it was
+    drawn from; greedy and cut draws have none. It costs one more pass over the logits of a step.
     """
 
     max_new_tokens: int
@@ -22,6 +25,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     allow_cut: bool = False
+    logprobs: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -37,6 +41,11 @@ class Sampling:
                 f"top_p={self.top_p:g}, top_k={self.top_k} cut the distribution and bias every ratio in training; use "
                 "top_p=1, top_k=0, or allow_cut=True for samples that are only looked at"
             )
+        if self.logprobs and (self.greedy or self.top_p < 1 or self.top_k > 0):
+            raise ValueError(
+                f"logprobs=True with temperature={self.temperature:g}, top_p={self.top_p:g}, top_k={self.top_k}: only "
+                "draws from the whole distribution have log-probs; use temperature > 0, top_p=1, top_k=0"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -47,8 +56,7 @@ class Sampling:
 class Completion:
     """The ids after the prompt, the end-of-sequence token included; `truncated` = the length limit came first.
 
-    logprobs: one for each id, as the sampler drew it (at its temperature), from samplers that are another policy than
-    the trained model; None: the model itself sampled.
+    logprobs: one for each id, as the sampler drew it (at its temperature); None: it was not asked, or does not say.
     """
 
     ids: list[int]

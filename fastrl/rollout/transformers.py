@@ -67,10 +67,20 @@ class TransformersSampler:
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
         attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         device = self.model.device
+        config, record, hooks = self._generation_config(sampling), None, {}
+        if sampling.logprobs:
+            from fastrl.rollout.record import Record
+
+            record = Record(sampling.temperature)  # which divides by the temperature, so that `generate` must not
+            config.temperature, hooks = 1.0, record.hooks()
         output = self.model.generate(
-            ids.to(device), attention_mask=attended.to(device), generation_config=self._generation_config(sampling)
+            ids.to(device), attention_mask=attended.to(device), generation_config=config, **hooks
         )
-        return [self._cut(row, sampling.max_new_tokens) for row in output[:, width:].tolist()]
+        made = [self._cut(row, sampling.max_new_tokens) for row in output[:, width:].tolist()]
+        if record is not None:
+            for completion, logprobs in zip(made, record.logprobs(), strict=True):
+                completion.logprobs = logprobs[: len(completion.ids)]
+        return made
 
     def _cut(self, ids: list[int], limit: int) -> Completion:
         """Up to and including the first end-of-sequence token. What follows it is padding, whatever its id."""

@@ -18,7 +18,7 @@ from fastrl.data.types import Sample
 from fastrl.models import PackedModel
 from fastrl.objective import LossOutput, Objective, outputs_of, prepared
 from fastrl.ops.distill import Teacher
-from fastrl.tokens import TokenBatch, TokenStats
+from fastrl.tokens import STAT_NAMES, TokenBatch, TokenStats
 
 # Sample.fields -> the field of TokenBatch; any other goes to per_sequence (a number) or per_token (a list).
 BATCH_FIELDS = {
@@ -123,7 +123,8 @@ def prepare(model: PackedModel, objective: Objective, micros: list[MicroBatch], 
         return micros
     stats = None
     if getattr(objective, "needs_scores", False):
-        own = dataclasses.replace(how, outputs=tuple(n for n in outputs_of(objective) if n != "logprobs"))
+        reads = tuple(n for n in outputs_of(objective) if n in STAT_NAMES and n != "logprobs")
+        own = dataclasses.replace(how, outputs=reads)
         stats = [score(model, micro, own) for micro in micros]
     batches = prepared(objective, [m.batch for m in micros], stats)
     return [dataclasses.replace(m, batch=b) for m, b in zip(micros, batches, strict=True)]

@@ -21,7 +21,11 @@ LEVELS = {  # importance_sampling_level -> TRL's loss_type -> the loss
     "sequence_token": {"grpo": "gspo_token", "gspo_token": "gspo_token"},
 }
 KINDS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+", "is_k1", "is_k3")
-MODES = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+FULL = "full"
+ESTIMATORS = (
+    "grpo", "dr_grpo", "lite_ppo", "normalised", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax", "opo", "gpg",
+    "pass_at_k_best", "pass_at_k", "pkpo", "max_rl", "gdpo", "a2po", "raw",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -33,6 +37,10 @@ class GRPOConfig(OnlineConfig):
     scale_rewards: str | bool = flag(
         "group", "Divide advantages by the std of the group, of the batch, or not.", choices=("group", "batch", "none")
     )
+    advantage_estimator: str | None = flag(
+        None, "Advantages by name; none: the group's mean off, then scale_rewards.", choices=ESTIMATORS
+    )
+    advantage_options: list[str] = flag([], "The estimator's own numbers, name=value.")
 
     # objective
     loss_type: str = flag("dapo", "The objective and its aggregation.", choices=(*CLIPPED, *RANGED, *OTHERS))
@@ -41,7 +49,10 @@ class GRPOConfig(OnlineConfig):
     )
     loss_options: list[str] = flag([], "Further numbers of the objective, name=value; `fastrl losses NAME` lists them.")
     beta: float = flag(0.0, "Weight of the KL to the starting model; 0 needs no reference model.", at_least=0)
-    kl_estimator: str = flag("k3", "Estimator of that KL; k1 in a loss is noise.", choices=KINDS)
+    kl_estimator: str = flag(
+        "k3", "Estimator of that KL; k1 in a loss is noise; full: no estimate, KL of the whole vocabulary.",
+        choices=(*KINDS, FULL),
+    )  # fmt: skip
     use_bias_correction_kl: bool = flag(False, "The KL weighted by the ratio: kl_estimator is_k3 (DeepSeek-V3.2).")
     epsilon: float | None = flag(
         None, "The ratio is clipped below 1 - epsilon (and above 1 + epsilon_high). none: 0.2; gspo, luspo and gmpo "
@@ -67,21 +78,17 @@ class GRPOConfig(OnlineConfig):
         1.0, "Part of the step's tokens, those of highest entropy, that the objective trains.", above=0, at_most=1
     )
 
-    # samples of another policy
+    # samples of another policy (and importance_sampling_mode)
     off_policy_mask_threshold: float | None = flag(
         None, "Drop completions of negative advantage that the policy has left behind by more, in nats a token."
     )
-    importance_sampling_mode: str = flag(
-        "none", "Weights for a sampler that is not the trained model; needs one that returns log-probs.", choices=MODES
-    )
-    importance_sampling_clip_max: float = flag(3.0, "Largest weight.", above=0)
-    importance_sampling_clip_min: float | None = flag(None, "Smallest weight; none: 0.", above=0)
 
     def __post_init__(self):
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        if isinstance(self.loss_options, str):
-            self.loss_options = [self.loss_options]
+        for name in ("loss_options", "advantage_options"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
         super().__post_init__()
 
     def _check(self) -> None:
@@ -104,9 +111,15 @@ class GRPOConfig(OnlineConfig):
         if self.entropy_coef_min > self.entropy_coef_max:
             bounds = f"{self.entropy_coef_min:g} --entropy_coef_max {self.entropy_coef_max:g}"
             raise ConfigError(f"--entropy_coef_min {bounds}: the first must not be above the second")
-        for text in self.loss_options:
-            if not text.partition("=")[0].isidentifier() or "=" not in text:
-                raise ConfigError(f"--loss_options {text!r} is not name=value")
+        for name in ("loss_options", "advantage_options"):
+            for text in getattr(self, name):
+                if not text.partition("=")[0].isidentifier() or "=" not in text:
+                    raise ConfigError(f"--{name} {text!r} is not name=value")
+        if self.advantage_estimator is None and self.advantage_options:
+            raise ConfigError("--advantage_options are those of an --advantage_estimator; name one")
+        if self.advantage_estimator is not None and self.scale_rewards != "group":
+            given = f"--scale_rewards {self.scale_rewards}"
+            raise ConfigError(f"{given} and --advantage_estimator both say how advantages are scaled; drop one of them")
 
     def _taken(self) -> tuple[str, ...]:
         if self.loss_type in (*CLIPPED, "ppo_two_sided"):
@@ -121,20 +134,12 @@ class GRPOConfig(OnlineConfig):
         return LEVELS[self.importance_sampling_level].get(self.loss_type, self.loss_type)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """--loss_options as numbers and words."""
-        made = {}
-        for text in self.loss_options:
-            name, _, value = text.partition("=")
-            kinds = ({"true": True, "false": False}.get(value), number(value, int), number(value, float), value)
-            made[name] = next(x for x in kinds if x is not None)
-        return made
-
-    @property
     def numbers(self) -> dict[str, Any]:
         """What the flags give the objective, by the names of its own options."""
         kl = "is_k3" if self.use_bias_correction_kl else self.kl_estimator
         made = {"kl_coef": self.beta, "kl": kl, "entropy_coef": self.entropy_coef}
+        if kl == FULL:
+            made |= {"kl_coef": 0.0, "kl": "k3"}  # it is a term of its own
         made["top_entropy"] = self.top_entropy_quantile
         if self.loss_type in CLIPPED and self.importance_sampling_level == "token":
             made |= {"clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.delta}
@@ -151,7 +156,7 @@ class GRPOConfig(OnlineConfig):
         if self.loss_type == "vespo":
             made |= {"k_pos": self.vespo_k_pos, "lambda_pos": self.vespo_lambda_pos}
             made |= {"k_neg": self.vespo_k_neg, "lambda_neg": self.vespo_lambda_neg}
-        return made | self.options
+        return made | named_values(self.loss_options)
 
     @property
     def clip_low(self) -> float:
@@ -167,8 +172,20 @@ class GRPOConfig(OnlineConfig):
         return bool(self.beta) or self.loss_type == "a2po"
 
     @property
-    def needs_sampler_logprobs(self) -> str | None:
-        """The flag that needs the sampler's own log-probs, if any does."""
-        if self.importance_sampling_mode != "none":
-            return f"--importance_sampling_mode {self.importance_sampling_mode}"
-        return "--loss_type decoupled_ppo" if self.loss_type == "decoupled_ppo" else None
+    def full_kl(self) -> bool:
+        return bool(self.beta) and self.kl_estimator == FULL
+
+    @property
+    def reads_ref_logprobs(self) -> bool:
+        """Whether the objective reads the reference's log-probs of the sampled tokens."""
+        return self.needs_reference and (not self.full_kl or self.loss_type == "a2po")
+
+
+def named_values(texts: list[str]) -> dict[str, Any]:
+    """name=value ... as numbers, truth values and words."""
+    made = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        kinds = ({"true": True, "false": False}.get(value), number(value, int), number(value, float), value)
+        made[name] = next(x for x in kinds if x is not None)
+    return made

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fastrl.train.configs.base import TrainConfig
 from fastrl.train.flags import ConfigError, flag
 
+MODES = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
 
 @dataclass(kw_only=True)
 class OnlineConfig(TrainConfig):
@@ -35,6 +37,13 @@ class OnlineConfig(TrainConfig):
     # reward
     reward_funcs: list[str] = flag([], "Rewards: built-in names, dotted.path, or file.py:name.")
     reward_weights: list[float] | None = flag(None, "One weight a reward; none means 1 each.")
+
+    # samples of another policy
+    importance_sampling_mode: str = flag(
+        "none", "Weights trained / sampled policy, by the sampler's own log-probs of what it drew.", choices=MODES
+    )
+    importance_sampling_clip_max: float = flag(3.0, "Largest weight.", above=0)
+    importance_sampling_clip_min: float | None = flag(None, "Smallest weight; none: 0.", above=0)
 
     # training
     mask_truncated_completions: bool = flag(False, "Do not train completions that were cut at the length limit.")

@@ -12,6 +12,7 @@ from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import Sample
 from fastrl.models import PackedModel
 from fastrl.objective import Objective
+from fastrl.ops.distill import Teacher
 from fastrl.train.step import Forward, MicroBatch, attach, loss_of, plan, prepare, score
 
 if TYPE_CHECKING:
@@ -116,6 +117,15 @@ def give_logprobs(
     with log.timing("old_log_prob" if name == "old_logprobs" else "ref"):
         for micro in micro_batches:
             attach(micro, name, score(model, micro, plain).logprobs)
+
+
+@torch.no_grad()
+def teacher_of(model: PackedModel, micro: MicroBatch, words: int) -> Teacher:
+    """The model as the other head of a divergence: hidden states of the trained rows, and what its architecture makes
+    logits of the first `words` words with."""
+    hidden, head, law = model(micro.input_ids, micro.cu_seqlens, rows=micro.rows), model.head, model.head.transform
+    bias = None if head.bias is None else head.bias[:words]
+    return Teacher(hidden.to(head.weight.dtype), head.weight[:words], bias, law.scale * law.before, law.softcap)
 
 
 # -- rows of a dataset -> samples or prompts -------------------------------------------------------------------------

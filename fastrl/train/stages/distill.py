@@ -24,7 +24,7 @@ from fastrl.train.config import DistillConfig
 from fastrl.train.configs.distill import SAMPLED
 from fastrl.train.flags import ConfigError
 from fastrl.train.metrics import MetricsLogger
-from fastrl.train.stages.base import DatasetStage, Setting, give_logprobs, limits_of, noted
+from fastrl.train.stages.base import DatasetStage, Setting, give_logprobs, limits_of, noted, teacher_of
 from fastrl.train.stages.grpo_metrics import completion_metrics
 from fastrl.train.step import Forward, MicroBatch, plan
 
@@ -65,14 +65,8 @@ class DistillStage(DatasetStage):
         }
 
     # -- the teacher's part ------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def teacher_head(self, micro: MicroBatch) -> Teacher:
-        """Hidden states of the trained rows, and what its architecture makes logits of them with."""
-        hidden = self.teacher(micro.input_ids, micro.cu_seqlens, rows=micro.rows)
-        head, words = self.teacher.head, self.setting.model.head.out_features
-        bias = None if head.bias is None else head.bias[:words]
-        law = head.transform
-        return Teacher(hidden.to(head.weight.dtype), head.weight[:words], bias, law.scale * law.before, law.softcap)
+        return teacher_of(self.teacher, micro, self.setting.model.head.out_features)
 
     def prepare(self, samples: list[Sample], log: MetricsLogger) -> list[MicroBatch]:
         """Pack; the sampled-token losses get both models' log-probs of the tokens first."""

@@ -8,45 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrl import losses
-from fastrl.advantages import group_normalised
+from fastrl.advantages import estimate, group_normalised
 from fastrl.data import Rows, encode_prompts
 from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import DataError, Prompt, Sample
-from fastrl.losses.corrections import CORRECTIONS, OPSM, Correction
 from fastrl.models import PackedModel
 from fastrl.objective import LossOutput
+from fastrl.ops.distill import Teacher
 from fastrl.rewards import load_rewards
 from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler
-from fastrl.train.config import GRPOConfig
+from fastrl.train.configs.grpo import named_values
 from fastrl.train.configs.online import OnlineConfig
 from fastrl.train.control import AdaptiveEntropy
 from fastrl.train.flags import ConfigError
 from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
-from fastrl.train.stages.base import Setting, give_logprobs, noted
-from fastrl.train.stages.grpo_metrics import completion_metrics, reward_metrics
+from fastrl.train.stages.base import Setting, give_logprobs, noted, teacher_of
+from fastrl.train.stages.grpo_metrics import completion_metrics, mismatch_metrics, reward_metrics
+from fastrl.train.stages.grpo_objective import objective_of, policy_of, reads_rollout, with_entropy
 from fastrl.train.step import Forward, MicroBatch, plan
 
 READ_REWARDS = ("a2po", "vapo")  # losses that read the rewards themselves
-
-def objective_of(config: GRPOConfig):
-    """The objective that --loss_type names, with the flags as its numbers. Raises ConfigError for what does not fit."""
-    try:
-        return losses.get(config.objective_name, **config.numbers, corrections=corrections_of(config))
-    except ValueError as error:
-        raise ConfigError(f"--loss_type {config.loss_type}: {error}") from error
-
-
-def corrections_of(config: GRPOConfig) -> tuple[Correction, ...]:
-    """Off-policy weights and masks by TRL's flags."""
-    made = []
-    if config.importance_sampling_mode != "none":
-        low = config.importance_sampling_clip_min or 0.0
-        made.append(CORRECTIONS[config.importance_sampling_mode](low, config.importance_sampling_clip_max))
-    if config.off_policy_mask_threshold is not None:
-        made.append(OPSM(config.off_policy_mask_threshold))
-    return tuple(made)
 
 
 def entropy_controller(config: OnlineConfig) -> AdaptiveEntropy | None:
@@ -67,8 +49,10 @@ class GRPOStage:
         self.setting, self.config = setting, config
         self.prompts, self.held_out, self.sampler, self.scorer = prompts, held_out, sampler, scorer
         self.objective = self.make_objective()
-        self.how = Forward(config.temperature, ("entropy",), setting.autocast, config.debug_checks)
-        self.sampling = Sampling(config.max_completion_length, config.temperature)
+        teacher = self.reference_head if getattr(config, "full_kl", False) else None
+        self.how = Forward(config.temperature, ("entropy",), setting.autocast, config.debug_checks, teacher)
+        asked = reads_rollout(self.objective)
+        self.sampling = Sampling(config.max_completion_length, config.temperature, logprobs=asked)
         self.prompts_at_once = config.completions_per_generation // config.num_generations
         self.order = IndexSampler(len(prompts), config.seed)
         self.steps_per_epoch = self.order.batches_per_epoch(self.prompts_at_once) * config.updates_per_generation
@@ -89,7 +73,7 @@ class GRPOStage:
             self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
         self.entropy_seen = []
         log.add_mean({"entropy_coef": self.entropy.coef})
-        self.objective = dataclasses.replace(self.objective, entropy_coef=self.entropy.active)
+        self.objective = with_entropy(self.objective, self.entropy.active)
 
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
         self.follow_entropy(log)
@@ -108,10 +92,14 @@ class GRPOStage:
         steps = [samples[i : i + size] for i in range(0, len(samples), size)]
         for step in steps:
             self.give_logprobs(step, log)
+            means, extremes = mismatch_metrics(step)
+            log.add_mean(means)
+            log.add_max(extremes)
         groups = torch.tensor([s.fields["group_id"] for s in samples])
         _, std = group_normalised(scores.total, groups)
         log.add_mean(reward_metrics(scores, std, groups))
-        advantages = self.advantages(samples, scores.total, groups, log)
+        known = self.known(prompts, samples, scores, log)
+        advantages = self.advantages(samples, scores.total, groups, known, log)
         for sample, advantage, reward in zip(samples, advantages.tolist(), scores.total.tolist(), strict=True):
             sample.fields["advantage"] = advantage
             if getattr(self.config, "loss_type", None) in READ_REWARDS:
@@ -121,23 +109,52 @@ class GRPOStage:
     def make_objective(self):
         return objective_of(self.config)
 
-    def advantages(self, samples: list[Sample], rewards: Tensor, groups: Tensor, log: MetricsLogger) -> Tensor:
+    def advantages(
+        self, samples: list[Sample], rewards: Tensor, groups: Tensor, known: dict[str, Tensor], log: MetricsLogger
+    ) -> Tensor:
         """[S] of everything sampled at once."""
-        return group_normalised(rewards, groups, self.config.scale_rewards)[0]
+        name = self.config.advantage_estimator
+        if name is None:
+            return group_normalised(rewards, groups, self.config.scale_rewards)[0]
+        return estimate(name, rewards, groups, columns=known, **named_values(self.config.advantage_options))
+
+    def known(self, prompts: list[Prompt], samples: list[Sample], scores, log: MetricsLogger) -> dict[str, Tensor]:
+        """What estimators may ask for beside the rewards (fastrl.advantages.COLUMNS); "remax" samples greedily."""
+        weights = self.config.reward_weights or [1.0] * len(scores.by_function)
+        made = {
+            "lengths": torch.tensor([s.num_trained for s in samples]),
+            "components": torch.stack(list(scores.by_function.values()), 1),
+            "weights": torch.tensor(weights, dtype=torch.float64),
+        }
+        if getattr(self.config, "advantage_estimator", None) == "remax":
+            with log.timing("gen"):
+                greedy = self.sampler.generate(
+                    [p.ids for p in prompts], Sampling(self.config.max_completion_length, temperature=0.0), 1
+                )
+            with log.timing("reward"):
+                baseline = self.scorer.score(prompts, [c for [c] in greedy]).total
+            log.add_mean({"reward_greedy": baseline.nanmean()})
+            made["greedy_rewards"] = baseline[[s.fields["group_id"] for s in samples]]
+        return made
 
     def scored_by(self) -> dict[str, PackedModel]:
         """Old log-probs (a batch used for one update needs none: they are the current ones) and the reference's."""
         setting, config = self.setting, self.config
-        models = {} if setting.reference is None else {"ref_logprobs": setting.reference}
-        reads_old = config.updates_per_generation > 1 or bool(config.needs_sampler_logprobs)
-        return models | ({"old_logprobs": setting.model} if reads_old or self.objective.anchor == "rollout" else {})
+        models = {"ref_logprobs": setting.reference} if config.reads_ref_logprobs else {}
+        old = config.updates_per_generation > 1 or reads_rollout(self.objective)
+        return models | ({"old_logprobs": setting.model} if old else {})
+
+    def reference_head(self, micro: MicroBatch) -> Teacher:
+        """What the whole-vocabulary KL is taken to."""
+        return teacher_of(self.setting.reference, micro, self.setting.model.head.out_features)
 
     def give_logprobs(self, samples: list[Sample], log: MetricsLogger) -> None:
-        """What the policies of `scored_by` say of the samples; the sampler is the model itself if it says nothing."""
+        """What the policies of `scored_by` say of the samples. A loss whose ratio is to the sampler takes the model's
+        own log-probs where the sampler gave none; a correction, which would then weigh by 1, refuses."""
         for name, model in self.scored_by().items():
             micros = plan(samples, self.config.max_tokens_per_device, self.setting.device)
             give_logprobs(model, name, micros, self.how, log)
-        if self.objective.anchor == "rollout":
+        if policy_of(self.objective).anchor == "rollout":
             for sample in samples:
                 sample.fields.setdefault("rollout_logprobs", sample.fields["old_logprobs"])
 
@@ -197,13 +214,21 @@ def untrained(sample: Sample) -> Sample:
     return dataclasses.replace(sample, completion_mask=[False] * len(sample), fields=fields)
 
 
+def check_estimator(config: OnlineConfig) -> None:
+    """Raises ConfigError for options that the advantage estimator does not have."""
+    if (name := getattr(config, "advantage_estimator", None)) is None:
+        return
+    rewards, columns = torch.arange(config.num_generations).double(), {}
+    columns |= {"lengths": torch.ones_like(rewards), "greedy_rewards": rewards, "components": rewards[:, None]}
+    try:
+        estimate(name, rewards, rewards.long() * 0, columns=columns, **named_values(config.advantage_options))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--advantage_estimator {name}: {error}") from error
+
+
 def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str], kind=GRPOStage) -> GRPOStage:
     config: OnlineConfig = setting.config
-    if wanted := getattr(config, "needs_sampler_logprobs", None):
-        raise ConfigError(
-            f"{wanted} needs log-probs from the sampler; this one draws from the trained model itself, where every "
-            "weight is 1: drop it, or build the stage with a sampler whose completions have logprobs"
-        )
+    check_estimator(config)
     context = setting.model.context_length
     room = None if context is None else context - config.max_completion_length
     if room is not None and room < 1:

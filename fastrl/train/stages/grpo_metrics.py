@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrl.data.types import Sample
 from fastrl.rollout import Completion
 
 
@@ -45,6 +46,23 @@ def completion_metrics(completions: list[Completion], limit: int) -> dict[str, f
         out["completions/min_terminated_length"] = float(ended.min())
         out["completions/max_terminated_length"] = float(ended.max())
     return out
+
+
+def mismatch_metrics(samples: list[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+    """(means, maxima) of |old - rollout| over the trained tokens: how far the sampler is from the trained model.
+
+    Empty where either is not known.
+    """
+    gaps = [
+        abs(a - b)
+        for s in samples
+        if {"old_logprobs", "rollout_logprobs"} <= s.fields.keys()
+        for a, b in zip(s.fields["old_logprobs"], s.fields["rollout_logprobs"], strict=True)
+    ]
+    if not gaps:
+        return {}, {}
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": sum(gaps) / len(gaps)}, {f"{name}/max": max(gaps)}
 
 
 def _mean(values: Tensor) -> float:

@@ -13,21 +13,25 @@ from fastrl.models import PackedModel
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages import grpo
 from fastrl.train.stages.base import Setting
+from fastrl.train.stages.grpo_objective import corrections_of, reads_rollout
 
 
 class RLOOStage(grpo.GRPOStage):
     """GRPO's loop; R - beta sum_t (log pi_old - log pi_ref) over leave-one-out baselines (Ahmadian et al. 2024)."""
 
     def make_objective(self):
-        return losses.get("rloo", **self.config.numbers)
+        return losses.get("rloo", **self.config.numbers, corrections=corrections_of(self.config))
 
     def scored_by(self) -> dict[str, PackedModel]:
         setting = self.setting
         if setting.reference is None:
-            return {"old_logprobs": setting.model} if self.config.updates_per_generation > 1 else {}
+            old = self.config.updates_per_generation > 1 or reads_rollout(self.objective)
+            return {"old_logprobs": setting.model} if old else {}
         return {"ref_logprobs": setting.reference, "old_logprobs": setting.model}
 
-    def advantages(self, samples: list[Sample], rewards: Tensor, groups: Tensor, log: MetricsLogger) -> Tensor:
+    def advantages(
+        self, samples: list[Sample], rewards: Tensor, groups: Tensor, known: dict[str, Tensor], log: MetricsLogger
+    ) -> Tensor:
         config, rewards = self.config, rewards.double()
         if config.reward_clip_range is not None:
             rewards = rewards.clamp(*config.reward_clip_range)
