@@ -226,7 +226,7 @@ def test_logprobs_are_those_of_the_draws(model, tokenizer, temperature):
 
 
 def test_wrong_logprobs_are_noticed(model, tokenizer, monkeypatch):
-    """Of the token before, of the untempered logits, without a normaliser."""
+    """Of the token before, of the untempered logits, off by a little."""
     drawn, scale = record._Drawn.__call__, record._Scale.__call__
 
     def untempered(self, ids, scores):
@@ -234,16 +234,15 @@ def test_wrong_logprobs_are_noticed(model, tokenizer, monkeypatch):
         self.record.scores = scores
         return made
 
-    def unnormalised(self, ids, scores, **kwargs):
-        self.record.scores = self.record.scores + 0.01
+    def off(self, ids, scores, **kwargs):
         made = drawn(self, ids, scores, **kwargs)
-        self.record.steps[-1] = self.record.steps[-1] + 0.01
+        self.record.steps[-1] = self.record.steps[-1] + 1e-3
         return made
 
     planted = [
         (record._Drawn, lambda self, ids, scores, **kwargs: drawn(self, ids[:, :-1], scores, **kwargs)),
         (record._Scale, untempered),
-        (record._Drawn, unnormalised),
+        (record._Drawn, off),
     ]
     for where, wrong in planted:
         with monkeypatch.context() as patch, pytest.raises(AssertionError):

@@ -14,6 +14,7 @@ import torch
 from fastrl import losses
 from fastrl.advantages import ESTIMATORS, estimate
 from fastrl.objective import Divergence
+from fastrl.rollout import Completion
 from fastrl.train import ConfigError, GRPOConfig, run
 from fastrl.train.config import RLOOConfig
 from fastrl.train.configs import grpo as grpo_flags
@@ -161,6 +162,10 @@ def check_full_kl(name: str, temperature: float, place: dict, tmp_path: Path) ->
     options |= {"max_tokens_per_device": 20, "bf16": False}
     stage = stage_of(config_of(GRPOConfig, place, tmp_path, **options))
     moved(stage)
+    generate = stage.sampler.generate
+    stage.sampler.generate = lambda *a: [
+        [Completion(c.ids[: 1 + i], truncated=True) for i, c in enumerate(group)] for group in generate(*a)
+    ]  # of all lengths, so that no two means agree
     model, reference = stage.setting.model, stage.setting.reference
     micros = prepare(model, stage.objective, stage.collect(Quiet()), stage.how)
     assert len(micros) > 1 and all(m.batch.ref_logprobs is None for m in micros)
@@ -189,7 +194,7 @@ def check_full_kl(name: str, temperature: float, place: dict, tmp_path: Path) ->
         value = -s.fields["advantage"] * ratio + 0.3 * divergence
         n = s.num_trained
         weight = {"dapo": 1 / tokens, "dr_grpo": 1 / (len(samples) * 5)}.get(name, 1 / (len(samples) * n))
-        want, want_kl = want + weight * value.sum(), want_kl + weight * float(divergence.sum().detach())
+        want, want_kl = want + weight * value.sum(), want_kl + float(divergence.sum().detach()) / tokens
     want.backward()
     assert total == pytest.approx(float(want.detach()), rel=1e-9, abs=1e-12)
     assert kl == pytest.approx(want_kl, rel=1e-9) and kl > 0.01

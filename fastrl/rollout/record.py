@@ -36,7 +36,8 @@ class _Scale(LogitsProcessor):
         self.record = record
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.record.scores = scores / self.record.temperature
+        temperature = self.record.temperature
+        self.record.scores = scores if temperature == 1 else scores / temperature
         return self.record.scores
 
 

@@ -95,7 +95,11 @@ class TransformersSampler:
 
     @property
     def _max_rows(self) -> int:
-        """Rows whose logits fit: scores, softmax, its copy and the draw, 4 bytes each a vocabulary entry."""
+        """Rows whose logits fit: scores, softmax, its copy and the draw, 4 bytes each a vocabulary entry.
+
+        Log-probs are taken of the same scores, with one more copy inside their normaliser; rows are not cut for it, so
+        that the draws of a seed are the same with and without.
+        """
         return max(1, LOGITS_BYTES // (16 * self.model.config.get_text_config().vocab_size))
 
     def _generation_config(self, sampling: Sampling):

@@ -92,9 +92,6 @@ class GRPOStage:
         steps = [samples[i : i + size] for i in range(0, len(samples), size)]
         for step in steps:
             self.give_logprobs(step, log)
-            means, extremes = mismatch_metrics(step)
-            log.add_mean(means)
-            log.add_max(extremes)
         groups = torch.tensor([s.fields["group_id"] for s in samples])
         _, std = group_normalised(scores.total, groups)
         log.add_mean(reward_metrics(scores, std, groups))
@@ -154,6 +151,9 @@ class GRPOStage:
         for name, model in self.scored_by().items():
             micros = plan(samples, self.config.max_tokens_per_device, self.setting.device)
             give_logprobs(model, name, micros, self.how, log)
+        means, maxima = mismatch_metrics(samples)
+        log.add_mean(means)
+        log.add_max(maxima)
         if policy_of(self.objective).anchor == "rollout":
             for sample in samples:
                 sample.fields.setdefault("rollout_logprobs", sample.fields["old_logprobs"])
