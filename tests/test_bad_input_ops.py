@@ -195,7 +195,7 @@ def test_missing_columns(name):
 
 
 def test_missing_reference_for_dpo():
-    with refused(ValueError, "dpo", "ref_logprobs", "reference_free"):
+    with refused(ValueError, "DPO", "ref_logprobs", "reference_free"):
         call(losses.get("dpo"))
 
 

@@ -6,7 +6,8 @@ folded into the state of its tokens (fastrl.ops.rows) while it is still in cache
 forward     every token at once, one tile of words after another: 1 GEMM, nothing kept
 backward    a tile of words at a time: dlogits, then dW of those words (written once where every token is there) and
             its share of dH. The tile's logits come from the cache of the forward or, for other tokens, from a GEMM
-one pass    tokens in chunks whose logits [V, C] are kept; the chunk's backward follows its forward: 3 GEMMs
+one pass    tokens in chunks whose logits [V, C] are kept; the chunk's backward goes along with the next one's forward,
+            tile by tile, in the same memory: 3 GEMMs
 
 The row work itself is a parameter: fastrl.ops.rows_torch or fastrl.ops.rows_native.
 """
@@ -47,8 +48,9 @@ def statistics(
     parts = [walk.forward(a, b, targets, outputs) for a, b in pieces(n - kept, walk.capacity)]
     logits = None
     if kept:
-        made, logits = walk.forward_kept(n - kept, n, targets, outputs)
-        parts.append(made)
+        last = walk.keeping(n - kept, n, targets, outputs)
+        parts.append(last.finish())
+        logits = last.logits
     return *concatenate(parts, outputs, hidden), logits
 
 
@@ -84,14 +86,22 @@ def one_pass(
     """
     walk = Walk(rows, head, hidden, plan)
     grads = Gradients(walk, needs)
-    parts = []
-    for a, b in pieces(hidden.shape[0], walk.capacity, units):
+    parts, ahead = [], None
+    ranges = list(pieces(hidden.shape[0], walk.capacity, units))
+    walk.reserve(max((min(b - a, walk.capacity) for a, b in ranges), default=0))
+    for i, (a, b) in enumerate(ranges):
         border = max(a, b - walk.capacity)
+        held_rows = walk.keeping(border, b, targets, outputs) if ahead is None else ahead
         made = [walk.forward(c, d, targets, outputs) for c, d in spans(border - a, walk.capacity, a)]
-        last, logits = walk.forward_kept(border, b, targets, outputs)
+        last = held_rows.finish()
         stats, saved = concatenate([*made, last], outputs, hidden)
         parts.append((stats, saved))
         coefs = coefficient(a, b, stats)
+        # The next piece's forward goes along with this one's backward, in the memory of the logits that are done with.
+        ahead = None
+        if i + 1 < len(ranges):
+            c, d = ranges[i + 1]
+            ahead = walk.keeping(max(c, d - walk.capacity), d, targets, outputs)
         chosen = coefs.nonzero_rows()
         if chosen.shape[0] == 0 or not any(needs):
             continue
@@ -99,8 +109,8 @@ def one_pass(
         lost, held = chosen[chosen < border - a], chosen[chosen >= border - a]
         sources = [walk.source(lost[c:d], targets, law, start=a) for c, d in spans(lost.shape[0], walk.width)]
         if held.shape[0]:
-            sources.append(walk.source(held, targets, law, logits, border, b, start=a))
-        grads.add(sources)
+            sources.append(walk.source(held, targets, law, held_rows.logits, border, b, start=a))
+        grads.add(sources, ahead)
     stats, saved = concatenate(parts, outputs, hidden)
     return stats, *grads.finish(), saved
 
@@ -217,34 +227,23 @@ class Walk:
             self.room = self.like.new_empty(words * pitch)
         return self.room[: words * pitch].view(words, pitch)[:, :columns]
 
-    def forward(self, a: int, b: int, targets: Tensor, outputs: tuple, into: Tensor | None = None):
-        """(TokenStats, Saved) of rows [a, b); raw logits go to `into` [V, columns] or are dropped tile by tile."""
-        head, own, h = self.head.at_rows(slice(a, b)), targets[a:b], self.wide(self.hidden[a:b])
-        if self.plan.invariant:
-            head, own, h = _padded(head, own, h)
-        columns = h.shape[0]
-        state = new_state(self.pitch(columns), self.like)
-        spread = list(self.tiles(columns))
-        work = self.rows.Rows(max((d - c for c, d in spread), default=0), columns, self.like)
-        for c, d in spread:
-            z = self.scratch(d - c, columns) if into is None else into[c:d]
-            z = self.mm(self.weight(c, d), h.t(), z)
-            state = work.fold(state, z, head, self.bias(c, d), own, self.offset + c, outputs)
-        state = State(*(x[:columns] for x in state.tensors()))
-        if self.plan.shard is not None:
-            state = self.plan.shard.join(state)
-        stats, saved = finish(state, own, self.vocabulary, outputs)
-        return stats.map(lambda x: x[: b - a]), saved.at_rows(slice(0, b - a))
+    def forward(self, a: int, b: int, targets: Tensor, outputs: tuple) -> tuple[TokenStats, Saved]:
+        """(TokenStats, Saved) of rows [a, b); their logits are dropped tile by tile."""
+        return Forward(self, a, b, targets, outputs).finish()
 
-    def forward_kept(self, a: int, b: int, targets: Tensor, outputs: tuple):
-        """((TokenStats, Saved), raw logits [V, b - a] in the one buffer of this walk)."""
-        columns = INVARIANT_ROWS if self.plan.invariant else b - a
+    def keeping(self, a: int, b: int, targets: Tensor, outputs: tuple) -> Forward:
+        """The forward of rows [a, b), not begun; its raw logits [V, b - a] will lie in the one buffer of this walk."""
+        return Forward(self, a, b, targets, outputs, self.reserve(b - a))
+
+    def reserve(self, columns: int) -> Tensor:
+        """[V, columns] of the buffer. Rows keep the pitch of the widest call, so that a later piece's logits of a tile
+        lie where those of an earlier piece did."""
+        columns = INVARIANT_ROWS if self.plan.invariant else columns
         v, pitch = self.head.weight.shape[0], self.pitch(columns)
-        if self.buffer is None or self.buffer.numel() < v * pitch:
+        if self.buffer is None or self.buffer.shape[1] < pitch:
             self.buffer = None
-            self.buffer = self.like.new_empty(v * pitch)
-        logits = self.buffer[: v * pitch].view(v, pitch)[:, :columns]
-        return self.forward(a, b, targets, outputs, logits), logits[:, : b - a]
+            self.buffer = self.like.new_empty((v, pitch))
+        return self.buffer[:, :columns]
 
     def source(
         self, chosen: Tensor, targets: Tensor, law: Law, logits: Tensor | None = None, begin: int = 0, end: int = 0,
@@ -265,6 +264,53 @@ class Walk:
         return Source(h, targets[rows], self.head.at_rows(rows), law.at_rows(chosen), rows, logits, keep)
 
 
+class Forward:
+    """The forward of rows [a, b): state after state, a tile of words at a time, in order.
+
+    logits: [V, b - a] raw, where `into` is given; else they are dropped with their tile.
+    """
+
+    def __init__(self, walk: Walk, a: int, b: int, targets: Tensor, outputs: tuple, into: Tensor | None = None):
+        self.walk, self.outputs, self.into, self.count = walk, outputs, into, b - a
+        head, own, h = walk.head.at_rows(slice(a, b)), targets[a:b], walk.wide(walk.hidden[a:b])
+        if walk.plan.invariant:
+            head, own, h = _padded(head, own, h)
+        self.head, self.own, self.hidden = head, own, h
+        self.state = new_state(walk.pitch(h.shape[0]), walk.like)
+        self.tiles = list(walk.tiles(h.shape[0]))
+        self.words = max((d - c for c, d in self.tiles), default=0)
+        self.next = 0
+        self.work = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        return None if self.into is None else self.into[:, : self.count]
+
+    def step(self) -> None:
+        """The next tile."""
+        walk, columns, (c, d) = self.walk, self.hidden.shape[0], self.tiles[self.next]
+        if self.work is None:
+            self.work = walk.rows.Rows(self.words, columns, walk.like)
+        z = walk.scratch(d - c, columns) if self.into is None else self.into[c:d]
+        z = walk.mm(walk.weight(c, d), self.hidden.t(), z)
+        self.state = self.work.fold(
+            self.state, z, self.head, walk.bias(c, d), self.own, walk.offset + c, self.outputs
+        )
+        self.next += 1
+
+    def finish(self) -> tuple[TokenStats, Saved]:
+        """(TokenStats, Saved) after the tiles that are left."""
+        while self.next < len(self.tiles):
+            self.step()
+        walk = self.walk
+        state = State(*(x[: self.hidden.shape[0]] for x in self.state.tensors()))
+        if walk.plan.shard is not None:
+            state = walk.plan.shard.join(state)
+        stats, saved = finish(state, self.own, walk.vocabulary, self.outputs)
+        self.work = None
+        return stats.map(lambda x: x[: self.count]), saved.at_rows(slice(0, self.count))
+
+
 class Gradients:
     """Accumulates dH, dW and db in the accumulation dtype; `finish` casts once.
 
@@ -281,8 +327,12 @@ class Gradients:
         self.d_weight: Tensor | None = None
         self.fresh = True
 
-    def add(self, sources: list[Source]) -> None:
-        """Take in these rows, a tile of words at a time."""
+    def add(self, sources: list[Source], ahead: Forward | None = None) -> None:
+        """Take in these rows, a tile of words at a time.
+
+        ahead: a forward whose tiles each follow this backward's: W is read once for both while it is in cache, and its
+        logits take the place of those that the backward has used.
+        """
         if not sources:
             return
         walk = self.walk
@@ -290,7 +340,9 @@ class Gradients:
         if self.needs[1] and self.d_weight is None:
             self.d_weight = weight.new_empty(weight.shape, dtype=weight.dtype if self.once else walk.acc)
         widest = max(s.hidden.shape[0] for s in sources)
-        spread = list(walk.tiles(widest))
+        if ahead is not None and ahead.words * widest > walk.tile_elements:
+            ahead = None  # of few rows: its tiles are too many words for these
+        spread = list(walk.tiles(widest)) if ahead is None else ahead.tiles
         words = max((b - a for a, b in spread), default=0)
         work = walk.rows.Rows(words, widest, walk.like)
         shares = [None if self.d_hidden is None else self._share(s) for s in sources]
@@ -313,6 +365,8 @@ class Gradients:
                     shares[i].add_(part)
             if slab is not None:
                 self.d_weight[a:b] = d_w
+            if ahead is not None:
+                ahead.step()
         self.fresh = False
         for source, share in zip(sources, shares, strict=True):
             if share is not None and not isinstance(source.rows, slice):
