@@ -9,6 +9,8 @@ TORCH_CPU ?= torch==2.13.0
 TORCH_ARGS ?=
 EXTRAS ?= test
 ARGS ?=
+# Processes that share the tests, a file at a time, one thread each. WORKERS=0: all in one process, with torch's threads.
+WORKERS ?= 2
 
 .PHONY: help quickstart quickstart-short test lint aot bench bench-setup clean
 help:
@@ -36,7 +38,7 @@ quickstart-short: $(VENV)/.installed
 	$(PY) -m fastrl quickstart --short $(ARGS)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -q $(ARGS)
+	$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

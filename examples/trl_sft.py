@@ -21,7 +21,7 @@ rows = Dataset.from_list(
 )
 quiet = dict(output_dir="out", report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, bf16=False)
 config = SFTConfig(max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, **quiet)
-trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
 fastrl.integrations.trl.patch(trainer)  # the one line
 trainer.train()
 

@@ -1,4 +1,4 @@
-"""The `fastrl` command: sft, dpo, kto, grpo, quickstart, doctor, bench. Torch loads once there is something to do."""
+"""The `fastrl` command: one for each stage, and quickstart, losses, doctor, bench. Torch loads when there is work."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ fastrl: post-training of language models; logits never formed
   fastrl prm   --model_name_or_path M --dataset_name D --output_dir O   a reward model of steps
   fastrl grpo  --model_name_or_path M --dataset_name D --output_dir O --reward_funcs F ...
                                                                         sampled, scored, reinforced
+  fastrl rloo  --model_name_or_path M --dataset_name D --output_dir O --reward_funcs F ...
+                                                                        the same, whole completions as actions
   fastrl ppo   --model_name_or_path M --dataset_name D --output_dir O --reward_model_path R
-                                                                        the same against a critic
+                                                                        sampled, scored, against a critic
   fastrl distill --model_name_or_path M --dataset_name D --output_dir O --teacher_model_name_or_path T
                                                                         towards a teacher, on its texts or one's own
   fastrl quickstart [--short]     a small model learns arithmetic: SFT, then GRPO, with plots
@@ -158,7 +160,8 @@ OPTIONAL = {
     "flash-attn": "packed attention on a GPU; torch's own is used without it",
     "tensorboard": "--report_to tensorboard",
     "wandb": "--report_to wandb",
-    "trl": "fastrl bench",
+    "trl": "drop-ins for its trainers, fastrl bench",
+    "peft": "adapters, through the drop-ins",
     "liger-kernel": "fastrl bench",
 }
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -293,8 +293,9 @@ class TokenBatch:
         new["per_sequence"] = {n: x[start:stop] for n, x in self.per_sequence.items()}
         margins = None if self.margins is None else self.margins[start // 2 : stop // 2]
         advantages = self.advantages
-        if advantages is not None:
-            advantages = advantages[first_row:last_row] if self._is_per_token() else advantages[start:stop]
+        if advantages is not None:  # [S] is read as [T] where a piece has as many rows as sequences
+            by_row = self._is_per_token() or last_row - first_row == stop - start
+            advantages = self.token_advantages[first_row:last_row] if by_row else advantages[start:stop]
         cu = self.cu_seqlens[start : stop + 1] - first_row
         return dataclasses.replace(self, **new, margins=margins, advantages=advantages, cu_seqlens=cu)
 

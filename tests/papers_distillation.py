@@ -137,8 +137,9 @@ def _minillm(row: Row, o: dict) -> Tensor:
     a, gamma, eps = _advantage(row), o.get("gamma", 1.0), o.get("clip", 0.2)
     gain = []
     for t in range(len(a)):
-        powers = torch.tensor([gamma ** (u - t - 1) for u in range(t + 1, len(a))], dtype=a.dtype)
-        later = (powers * a[t + 1 :]).sum()
+        first = t + 1 if o.get("single_step", True) else t
+        powers = torch.tensor([gamma ** (u - first) for u in range(first, len(a))], dtype=a.dtype)
+        later = (powers * a[first:]).sum()
         gain.append(later / powers.sum() if o.get("length_normalised", True) and len(powers) else later)
     gain, rho = torch.stack(gain), torch.exp(row.label_logp - row.old.to(a.dtype))
     loss = -torch.minimum(rho * gain, rho.clamp(1 - eps, 1 + eps) * gain)

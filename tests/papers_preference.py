@@ -159,14 +159,15 @@ def smoothed(x: Tensor, o: dict) -> Tensor:
 
 
 def aot(seqs: list[Seq], o: dict) -> Tensor:
-    policy = torch.stack([w.logp.sum() - lost.logp.sum() for w, lost in pairs(seqs)])
-    fixed = torch.stack([of_ref(w, o).sum() - of_ref(lost, o).sum() for w, lost in pairs(seqs)])
+    whole = torch.mean if o.get("length_normalised") else torch.sum
+    policy = torch.stack([whole(w.logp) - whole(lost.logp) for w, lost in pairs(seqs)])
+    fixed = torch.stack([whole(of_ref(w, o)) - whole(of_ref(lost, o)) for w, lost in pairs(seqs)])
     return smoothed(beta_of(o) * (policy.sort().values - fixed.sort().values), o).mean()
 
 
 def aot_unpaired(seqs: list[Seq], o: dict) -> Tensor:
-    c = torch.stack([u_of(w, o) for w, _ in pairs(seqs)]).sort().values
-    r = torch.stack([u_of(lost, o) for _, lost in pairs(seqs)]).sort().values
+    each = [u_of(s, o) / (s.n if o.get("length_normalised") else 1) for s in seqs]
+    c, r = (torch.stack(of).sort().values for of in (each[0::2], each[1::2]))
     return smoothed(beta_of(o) * (c - r), o).mean()
 
 

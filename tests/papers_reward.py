@@ -115,7 +115,10 @@ def bradley_terry_ties(d, w, r, o):
 
 def confidence_pairs(answers: list[Answer], o: dict) -> Tensor:
     terms = [
-        -log_sigma(w.score[0] - w.score[1]) - log_sigma(r.score[1] - r.score[0]) for w, r in pairs(answers)
+        -log_sigma(w.score[0] - w.score[1])
+        - log_sigma(r.score[1] - r.score[0])
+        + o.get("center", 0.0) * (w.score.sum() ** 2 + r.score.sum() ** 2)
+        for w, r in pairs(answers)
     ]
     return sum(terms) / len(terms)
 

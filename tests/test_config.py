@@ -58,10 +58,10 @@ def test_every_field_has_help_and_parses_its_own_default(cls):
 def test_defaults_agree_with_trl():
     trl = {
         SFTConfig: {"learning_rate": 2e-5, "max_length": 1024, "loss_type": "nll", "completion_only_loss": None},
-        DPOConfig: {"learning_rate": 1e-6, "beta": 0.1, "label_smoothing": 0.0, "max_length": 1024},
+        DPOConfig: {"learning_rate": 1e-6, "beta": None, "label_smoothing": None, "max_length": 1024},
         GRPOConfig: {"learning_rate": 1e-6, "num_generations": 8, "max_completion_length": 512, "beta": 0.0,
                      "clip_low": 0.2, "clip_high": 0.2, "temperature": 1.0, "num_iterations": 1, "loss_type": "dapo",
-                     "scale_rewards": "group"},
+                     "scale_rewards": "group", "estimator": "is_k3"},
     }  # fmt: skip
     shared = {"per_device_train_batch_size": 8, "num_train_epochs": 3.0, "adam_beta2": 0.999, "max_grad_norm": 1.0,
               "weight_decay": 0.0, "seed": 42, "logging_steps": 10.0, "save_steps": 500.0, "warmup_ratio": 0.0,

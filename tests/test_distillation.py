@@ -38,7 +38,8 @@ CASES = {
     "opd": [{}],
     "opd_is": [{}],
     "iw_opd": [{}, {"gamma": 2.0}],
-    "minillm": [{}, {"gamma": 0.7, "length_normalised": False, "clip": 0.1}, {"single_step": False, "gamma": 0.0}],
+    "minillm": [{}, {"gamma": 0.7, "length_normalised": False, "clip": 0.1}, {"single_step": False, "gamma": 0.0},
+                {"single_step": False, "gamma": 0.6}],
 }  # fmt: skip
 EVERY = [(name, i) for name in CASES for i in range(len(CASES[name]))]
 HEADS = {"plain": {}, "everything": {"bias": True, "temperature": 0.7, "softcap": 4.0, "logit_scale": 1.5}}

@@ -102,6 +102,21 @@ def test_under_autocast():
         assert (ours[name] - grad).norm() <= 3e-2 * grad.norm(), name
 
 
+def test_float16_gradients_do_not_underflow_before_they_are_scaled():
+    """A GradScaler's factor comes after the gradients are made: 1 / num_items must not flush them to 0 until then."""
+    truth, mine = pair("llama")
+    unpatch(mine)
+    patch(mine.half())
+    given, scale, count = inputs(), 2.0**16, 2_000_000
+    made = []
+    for model in (truth, mine):
+        loss = model(**given, num_items_in_batch=count).loss
+        made.append((loss.detach(), gradients(model, loss * scale)["lm_head.weight"].float()))
+    (want, exact), (got, grad) = made
+    torch.testing.assert_close(got, want, atol=0, rtol=1e-2)
+    assert (grad - exact).norm() <= 2e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_embeddings_as_inputs(name):
     plain, mine = pair(name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
 import math
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+import fastrl  # noqa: E402
 from fastrl.integrations import trl as ours  # noqa: E402
 from fastrl.integrations.trl import UnsupportedTrainerError, forward, head, one_pass, rows  # noqa: E402
 
@@ -233,7 +237,12 @@ def test_an_adapter_on_the_head(models, tmp_path):
     peft = dict(target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
         make("DPO", models["qwen3"], tmp_path / "a", peft=peft)
-    make("DPO", models["qwen3"], tmp_path / "b", build=ours.build, peft=peft)
+    built = make("DPO", models["qwen3"], tmp_path / "b", build=ours.build, peft=peft)
+    with pytest.raises(UnsupportedTrainerError, match="an adapter lies on the LM head"):
+        ours.unpatch(built)
+    assert built._fastrl[0].active
+    with pytest.raises(UnsupportedTrainerError, match="pass the head's adapter by"):
+        make("GRPO", models["qwen3"], tmp_path / "e", build=ours.build, peft=peft, cast_lm_head_to_fp32=True)
     with pytest.raises(ValueError, match="lm_head"):
         make("DPO", models["qwen3"], tmp_path / "c", peft=peft)  # the refusal is back
     trainer = make("DPO", models["qwen3"], tmp_path / "d", build=ours.build, peft=peft)
@@ -316,6 +325,70 @@ def test_unpatched_after_training(models, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     made = trainer.model(**batch, fused_lm_head=True)
     assert made.log_probs.shape == (3, batch["labels"].shape[1] - 1) and "_fastrl" not in vars(trainer)
+
+
+def test_a_loss_of_ones_own_comes_back(models, tmp_path):
+    """The trainer's own _compute_loss is covered, not lost; patched again, it is covered once."""
+    trainer = make("GRPO", models["qwen3"], tmp_path)
+    own = trainer._compute_loss = functools.partial(type(trainer)._compute_loss, trainer)
+    ours.patch(ours.patch(trainer))
+    assert trainer._compute_loss is not own and trainer._fastrl[0].uncovered is own
+    assert ours.unpatch(trainer)._compute_loss is own
+
+
+def test_a_copy_of_a_patched_model_is_itself(models, tmp_path):
+    trainer = ours.patch(make("SFT", models["qwen3"], tmp_path))
+    other, words = copy.deepcopy(trainer.model), torch.arange(3, 9)[None]
+    with torch.no_grad():
+        before = other(words, labels=words, fused_lm_head=True).log_probs
+        for p in trainer.model.parameters():
+            p.mul_(0.5)
+        after, moved = (m(words, labels=words, fused_lm_head=True).log_probs for m in (other, trainer.model))
+    assert torch.equal(before, after) and not torch.allclose(after, moved)
+
+
+def test_a_second_trainer_on_the_same_model(models, tmp_path):
+    """It finds packed attention and packs too; once the first is unpatched, it stays padded."""
+    first = ours.patch(make("SFT", models["qwen3"], tmp_path))
+    second = make("SFT", models["qwen3"], tmp_path)
+    second.model = first.model
+    ours.patch(second)
+    assert second._fastrl[0].body.ready
+    ours.unpatch(first)
+    assert second.model.config._attn_implementation == "sdpa" and not second._fastrl[0].body.ready
+    ours.unpatch(second)
+    assert second.model.config._attn_implementation == "sdpa"
+
+
+def test_rows_stay_padded_where_packing_would_change_results(models, tmp_path):
+    options = dict(neftune_noise_alpha=5.0, max_steps=4)
+    theirs = trained(make("SFT", models["qwen3"], tmp_path / "a", **options))
+    trainer = make("SFT", models["qwen3"], tmp_path / "b", **options)
+    with pytest.raises(UnsupportedTrainerError, match="pack=True, but NEFTune"):
+        ours.patch(trainer, pack=True)
+    assert ours.patch(trainer)._fastrl[0].body is None
+    check_same(theirs, trained(trainer), 4)
+    trainer = make("GRPO", models["qwen3"], tmp_path / "c")
+    trainer.use_transformers_continuous_batching = True
+    with pytest.raises(UnsupportedTrainerError, match="pack=True, but continuous batching"):
+        ours.patch(trainer, pack=True)
+    assert ours.patch(trainer)._fastrl[0].body is None
+    assert trainer.model.config._attn_implementation == "sdpa"
+
+
+def test_a_plain_call_in_training_is_named_once(models, tmp_path):
+    trainer = ours.patch(make("SFT", models["qwen3"], tmp_path))
+    words = torch.arange(3, 9)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            trainer.model.train()(words)
+        trainer.model.eval()(words)
+    with pytest.warns(UserWarning, match="Qwen3ForCausalLM was called in training without fused_lm_head=True"):
+        trainer.model.train()(words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.model(words)
 
 
 @pytest.mark.slow
@@ -439,6 +512,55 @@ def test_a_loss_that_was_not_expected_is_differentiated_as_it_comes():
         theirs = torch.autograd.grad(truth, (h, w, b), upstream, retain_graph=True)
         for x, y in zip(mine, theirs, strict=True):
             torch.testing.assert_close(x, y)
+
+
+def test_an_entropy_beside_a_guess_has_its_gradient():
+    h, w = torch.randn(9, 5, dtype=torch.float64, requires_grad=True), torch.randn(17, 5, dtype=torch.float64)
+    targets, c = torch.arange(9), torch.randn(9, dtype=torch.float64)
+    z = torch.nn.functional.linear(h, w).log_softmax(-1)
+    truth = {"logprobs": z.gather(1, targets[:, None])[:, 0], "entropy": -(z * z.exp()).sum(-1)}
+    for names in (("entropy",), ("logprobs", "entropy")):
+        guess = one_pass.Guess(one_pass.Expected(), c)
+        form = one_pass.LinearForm(h, w, None)
+        made = one_pass.one_pass(form, targets, guess, {"outputs": ("logprobs", "entropy")})
+        mine = sum((c * getattr(made, n)).sum() for n in names)
+        theirs = sum((c * truth[n]).sum() for n in names)
+        want = torch.autograd.grad(theirs, h, retain_graph=True)[0]
+        torch.testing.assert_close(torch.autograd.grad(mine, h)[0], want)
+        assert guess.misses == [" and ".join(names)]
+
+
+def test_a_wrong_guess_is_made_twice(models, tmp_path, monkeypatch):
+    trainer = make("SFT", models["qwen3"], tmp_path, max_steps=5)
+    calls = []
+
+    def squared(model, inputs, *args, **kwargs):
+        return (model(**inputs, fused_lm_head=True).log_probs ** 2).sum() / 9
+
+    trainer.compute_loss = squared
+    ours.patch(trainer)
+    true = head.one_pass
+    monkeypatch.setattr(head, "one_pass", lambda *args: calls.append(1) or true(*args))
+    trainer.train()
+    assert len(calls) == 2 == len(trainer._fastrl[0].misses)
+
+
+def test_a_loss_that_has_no_part_in_it_gives_none():
+    """Its gradients are there already, but nothing is walked over to multiply them by 0."""
+    h, w = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    batch = fastrl.TokenBatch(targets=torch.arange(4))
+    loss = fastrl.fused_loss(fastrl.losses.get("nll"), h, w, batch, backend="torch").loss
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None
+
+    assert torch.autograd.grad(Cut.apply(loss), (h, w), allow_unused=True) == (None, None)
 
 
 # -- planted mistakes --------------------------------------------------------------------------------------------------

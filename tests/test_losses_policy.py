@@ -356,7 +356,7 @@ def compacted(w: World, order: list[int]) -> tuple[TokenBatch, TokenStats]:
 def test_ranks_together_have_the_columns_of_the_whole_step(name, options):
     """Two ranks, each given what `everywhere` gathers, against one that holds everything."""
     w, objective = make(name, 10), losses.get(name, **options)
-    parts = [compacted(w, list(range(5))), compacted(w, list(range(5, 12)))]
+    parts = [compacted(w, list(range(3))), compacted(w, list(range(3, 12)))]  # whole groups
     batch, stats = compacted(w, list(range(12)))
     whole = prepared(objective, [batch], [stats])[0]
     own = [gathering(objective, *part, parts) for part in parts]
@@ -364,6 +364,43 @@ def test_ranks_together_have_the_columns_of_the_whole_step(name, options):
         for column, x in getattr(whole, where).items():
             got = torch.cat([getattr(b, where)[column] for b in own])
             assert_same(column, got.double(), x.double(), 1e-9)
+
+
+def test_a_groups_number_says_nothing_on_another_rank():
+    """a2po's V* is of the rank's own group 0, whatever group 0 of the other rank earned."""
+    parts = []
+    for rewards in ([0.0, 1.0], [5.0, 7.0]):
+        batch = TokenBatch(torch.zeros(4, dtype=torch.long), cu_seqlens=torch.tensor([0, 2, 4]),
+                           group_ids=torch.tensor([0, 0]), rewards=torch.tensor(rewards))  # fmt: skip
+        parts.append((batch, None))
+    law = losses.get("a2po", beta1=1.0)
+
+    def everywhere(x):
+        return torch.cat([x, x + 3])
+
+    for (batch, _), rewards in zip(parts, ([0.0, 1.0], [5.0, 7.0]), strict=True):
+        want = torch.tensor(rewards, dtype=torch.float64).exp().mean().log()
+        got = prepared(law, [batch], None, everywhere)[0].per_sequence["optimal_value"]
+        assert_same("optimal_value", got.double(), want.expand(2), 1e-12)
+
+
+def test_advantages_of_sequences_stay_theirs_in_a_piece_of_as_many_rows():
+    batch = TokenBatch(torch.zeros(7, dtype=torch.long), cu_seqlens=torch.tensor([0, 4, 6, 6, 7]),
+                       advantages=torch.tensor([10.0, 20.0, 30.0, 40.0]), num_tokens=7, num_sequences=4)  # fmt: skip
+    cu = batch.cu_seqlens.tolist()
+    for start in range(4):
+        for stop in range(start + 1, 5):
+            piece = batch.sequences(start, stop, cu[start], cu[stop])
+            assert piece.token_advantages.tolist() == batch.token_advantages[cu[start] : cu[stop]].tolist()
+
+
+def test_the_reported_weight_is_the_corrections_alone():
+    w = make("dapo", 11)
+    case = (corrections.TokenTruncate(),)
+    name = "sampling/importance_sampling_ratio/mean"
+    alone, masked = (ours("dapo", {"corrections": case, "top_entropy": q}, w)[2] for q in (1.0, 0.3))
+    assert float(alone[name]) == pytest.approx(float(masked[name]), rel=1e-12)
+    assert name not in ours("dapo", {"corrections": (corrections.OPSM(),)}, w)[2]
 
 
 def gathering(objective, batch, stats, parts):

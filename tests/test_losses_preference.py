@@ -36,8 +36,9 @@ CASES: dict[str, list[dict]] = {
     "apo_zero": [{}, {"beta": 0.9}],
     "apo_down": [{}, {"beta": 0.9}],
     "discopop": [{}, {"beta": 0.5, "tau": 0.8, "margin_coef": 0.2}],
-    "aot": [{}, {"beta": 0.8, "label_smoothing": 0.2}, {"reference_free": True}],
-    "aot_unpaired": [{}, {"beta": 0.8, "label_smoothing": 0.2}],
+    "aot": [{}, {"beta": 0.8, "label_smoothing": 0.2}, {"reference_free": True},
+            {"length_normalised": True, "beta": 2.0}],
+    "aot_unpaired": [{}, {"beta": 0.8, "label_smoothing": 0.2}, {"length_normalised": True, "beta": 2.0}],
     "sft": [{}],
     "simpo": [{}, {"beta": 2.5, "gamma": 1.4, "label_smoothing": 0.1, "margin_coef": 0.3}],
     "alphapo": [{}, {"alpha": -0.4, "beta": 1.0, "gamma": 0.0}, {"alpha": 0.1, "length_normalised": False},
@@ -261,6 +262,9 @@ BAD = [
     ("bco", {"min_density_ratio": 3.0, "max_density_ratio": 2.0}, "must not exceed"),
     ("kto", {"desirable_weight": -1.0}, "desirable_weight must be in"), ("simpo", {"gamma": math.inf}, "gamma must be"),
     ("bco", {"delta": math.nan}, "delta must be finite"), ("tpo", {"nll_coef": -1.0}, "nll_coef must be in"),
+    *((name, {"use_weighting": True}, "use_weighting must be False") for name in ("aot", "aot_unpaired")),
+    *((name, {"margin_coef": 0.5}, "margin_coef must be 0 in") for name in (
+        "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dil", "simper")),
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ CASES: dict[str, list[dict]] = {
     "r3m": [{}, {"lam": 0.4}],
     "adaptive_scale": [{}, {"rho": 0.3, "tau_min": 0.4, "tau_max": 0.9}],
     "pcrm": [{}, {"b1": 2.0, "b2": 0.5, "b3": 0.4}],
-    "confidence_pairs": [{}],
+    "confidence_pairs": [{}, {"center": 0.1}],
     "mean_variance_pairs": [{}, {"center": 0.1}],
     "plackett_luce_reward": [{}],
     "reward_regression": [{}],

@@ -93,13 +93,13 @@ def zero_bias_gradient(patch):
 
 @mutant(operators())
 def last_rows_dropped_from_the_gradients(patch):
-    wrap(patch, walk.Gradients, "add", lambda f: lambda self, sources: f(self, sources[:-1]))
+    wrap(patch, walk.Gradients, "add", lambda f: lambda self, sources, *rest: f(self, sources[:-1], *rest))
 
 
 def overwriting(f):
-    def again(self, sources):
+    def again(self, *args):
         self.fresh = True
-        f(self, sources)
+        f(self, *args)
 
     return again
 
@@ -109,9 +109,29 @@ def every_chunk_overwrites_the_last(patch):
     wrap(patch, walk.Gradients, "add", overwriting)
 
 
+@mutant(paper("nll"))
+def next_chunk_takes_the_logits_before_they_are_used(patch):
+    def change(f):
+        def early(self, sources, ahead=None):
+            for _ in ahead.tiles if ahead else ():
+                ahead.step()
+            f(self, sources)
+
+        return early
+
+    wrap(patch, walk.Gradients, "add", change)
+
+
 @mutant(lambda: check_accurate(problem(n=48, h=64, v=601, dtype=DTYPES["fp32"])))
 def last_tile_of_words_dropped_from_the_forward(patch):
-    wrap(patch, walk.Walk, "forward", dropping_the_last_tile)
+    def change(f):
+        def short(self):
+            self.tiles = self.tiles[:-1]
+            return f(self)
+
+        return short
+
+    wrap(patch, walk.Forward, "finish", change)
 
 
 @mutant(lambda: check_accurate(problem(n=48, h=64, v=601, dtype=DTYPES["fp32"])))
@@ -134,8 +154,8 @@ def dropping_the_last_tile(f):
 @mutant(lambda: check_flat_error(torch.bfloat16))
 def weight_gradient_summed_in_bfloat16(patch):
     def change(f):
-        def rounded(self, sources):
-            f(self, sources)
+        def rounded(self, *args):
+            f(self, *args)
             self.d_weight.copy_(self.d_weight.bfloat16())
 
         return rounded

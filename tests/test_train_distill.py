@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fastrl.train.config import DistillConfig
 from fastrl.train.configs.sft import LOSSES, SIGNALS
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.output_dir import Run
-from fastrl.train.stages.sft import objective_of
+from fastrl.train.stages.sft import objective_of, signal_fits
 from fastrl.train.step import loss_of, prepare
 from fastrl.train.workbench import build
 
@@ -237,11 +238,31 @@ def test_label_smoothing_goes_with_the_likelihood_as_in_transformers(place, tmp_
         ({"loss_type": "dft", "label_smoothing_factor": 0.1}, "would change nothing"),
         ({"loss_type": "label_smoothing"}, "needs --label_smoothing_factor above 0"),
         ({"signal_column": "weight"}, "--signal_column is read by"),
+        ({"z_loss": 0.1}, "--z_loss 0.1 is read by z_loss, not by --loss_type nll"),
+        ({"loss_type": "rwr", "max_weight": 5.0}, "--max_weight 5.0 is read by awr, not by --loss_type rwr"),
+        ({"loss_type": "awr", "normalise_weights": True}, "--normalise_weights True is read by weighted_sft"),
+        ({"loss_type": "eos_weighted"}, "is plain nll"),
     ],
 )
 def test_flags_that_do_nothing_are_named(options, message, place, tmp_path):
     with pytest.raises(ConfigError, match=message):
         config_of(place, tmp_path, SFTConfig, **options)
+
+
+def test_numbers_of_other_losses_are_named(place, tmp_path):
+    with pytest.raises(ConfigError, match="--beta 0.3 is read by gkd, not by --loss_type reverse_kl"):
+        config_of(place, tmp_path, loss_type="reverse_kl", beta=0.3)
+    config = config_of(place, tmp_path, SFTConfig, loss_type="eos_weighted", eos_weight=2.0)
+    with pytest.raises(ConfigError, match="this tokenizer has none"):
+        objective_of(config, None)
+
+
+def test_signals_are_finite_and_labels_true_or_false():
+    for name, good, bad in (
+        ("reward", (1, -0.5, True), (math.nan, math.inf, "1", None)),
+        ("label", (True, False, 0, 1, 1.0), (0.5, 2, -1, math.nan, "true", None)),
+    ):
+        assert all(signal_fits(name, x) for x in good) and not any(signal_fits(name, x) for x in bad)
 
 
 @pytest.mark.parametrize("loss_type", SIGNALS)

@@ -146,6 +146,30 @@ def test_kto_needs_two_answers_a_step(place, tmp_path):
     kto_config(place, tmp_path, per_device_train_batch_size=1, loss_type="bco")
 
 
+def test_one_answer_has_no_other_answer_to_be_held_against(place, tmp_path):
+    config = kto_config(place, tmp_path)
+    stage = build(config, Run(tmp_path, None, [])).stage
+    with torch.no_grad():
+        for p in stage.setting.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    with MetricsLogger(config, 9) as log:
+        assert [math.isnan(x) for x in stage.mismatched_kl(stage.items[0], log)] == [True]
+        [micro] = prepare(stage.setting.model, stage.objective, stage.prepare(stage.items[0], log), stage.how)
+    assert micro.batch.per_sequence["kto_z"].tolist() == [0.0]
+
+
+def test_a_step_with_one_label_logs_no_metric_of_the_other(place, tmp_path):
+    config = kto_config(place, tmp_path, loss_type="bco")
+    stage = build(config, Run(tmp_path, None, [])).stage
+    good, bad = ([s for [s] in stage.items if bool(s.fields["label"]) is label][:3] for label in (True, False))
+    of = {"rewards/chosen", "logps/chosen"}, {"rewards/rejected", "logps/rejected"}
+    with MetricsLogger(config, 9) as log:
+        for samples, names in ((good, of[0]), (bad, of[1]), (good + bad, {*of[0], *of[1], "rewards/margins"})):
+            [micro] = prepare(stage.setting.model, stage.objective, stage.prepare(samples, log), stage.how)
+            metrics = loss_of(stage.setting.model, stage.objective, micro, stage.how).metrics
+            assert {n for n in metrics if "/" in n} == names and metrics["entropy"] > 0
+
+
 # -- the choices of dpo ------------------------------------------------------------------------------------------------
 def dpo_config(place, out, **options):
     return config_of(DPOConfig, place, out, **options)
@@ -174,8 +198,7 @@ def test_every_loss_type_makes_a_step(place, tmp_path):
         item[0].fields["reward"], item[1].fields["reward"] = 1.0 + i % 3, -0.5
     with MetricsLogger(config, 99) as log:
         for name in EVERY:
-            smoothing = {"label_smoothing": 0.01} if name == "exo_pair" else {}
-            own = dpo_config(place, tmp_path, loss_type=[name], **smoothing)
+            own = dpo_config(place, tmp_path, loss_type=[name])
             stage.objective = objective_of(own)
             assert own.needs_reference == stage.objective.needs_reference
             loss, _, moves = one_step(stage, log)
@@ -214,13 +237,51 @@ def test_flags_that_no_loss_has_are_refused(place, tmp_path):
     with pytest.raises(ConfigError, match="give one for each"):
         dpo_config(place, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0])
     with pytest.raises(ConfigError, match="1e-3"):
-        dpo_config(place, tmp_path, loss_type="exo_pair")
+        dpo_config(place, tmp_path, loss_type="exo_pair", label_smoothing=0.0)
     with pytest.raises(ConfigError, match="did you mean sigmoid"):
         dpo_config(place, tmp_path, loss_type="sigmod")
     with pytest.raises(DataError, match="odpo reads how much better .* score_chosen"):
         build(dpo_config(place, tmp_path, loss_type="odpo"), Run(tmp_path, None, []))
     with pytest.raises(ConfigError, match="no reference model"):
         dpo_config(place, tmp_path, loss_type="simpo", sync_ref_model=True)
+
+
+def test_a_loss_keeps_its_own_numbers_unless_told(place, tmp_path):
+    for name in EVERY:
+        made, own = objective_of(dpo_config(place, tmp_path, loss_type=name)), losses.get(name)
+        for number in ("beta", "label_smoothing"):
+            assert getattr(made, number, None) == getattr(own, number, None), (name, number)
+    made = objective_of(dpo_config(place, tmp_path, loss_type="robust", beta=0.3, label_smoothing=0.0))
+    assert (made.beta, made.label_smoothing) == (0.3, 0.0)
+    assert objective_of(dpo_config(place, tmp_path, loss_type="hinge", label_smoothing=0.0)) == losses.get("hinge")
+    for name in ("simper", "dil", "sft"):
+        with pytest.raises(ConfigError, match=f"--beta 0.1 changes nothing in {name}"):
+            objective_of(dpo_config(place, tmp_path, loss_type=name, beta=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "beta_dpo"}, "must be one of"),  # nobody here keeps its running mean
+        ({"f_alpha_divergence_coef": 0.3}, "--f_alpha_divergence_coef 0.3 changes nothing"),
+        ({"ref_model_mixup_alpha": 0.5}, "--ref_model_mixup_alpha 0.5 is read with --sync_ref_model"),
+        ({"ref_model_sync_steps": 8}, "--ref_model_sync_steps 8 is read with --sync_ref_model"),
+    ],
+)
+def test_flags_that_nothing_reads_are_refused(options, message, place, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        dpo_config(place, tmp_path, **options)
+
+
+def test_scores_are_asked_of_the_test_split_too(place, tmp_path):
+    rows = [{**row, "score_chosen": 1.0, "score_rejected": 0.5} for row in tiny.sums(24, 3)]
+    names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+    tiny.write(tmp_path / "d" / "train.jsonl", rows, names)
+    tiny.write(tmp_path / "d" / "test.jsonl", rows[:4], names[:3])
+    options = {"dataset_name": str(tmp_path / "d"), "loss_type": "odpo"}
+    assert build(dpo_config(place, tmp_path / "o", **options), Run(tmp_path, None, [])).stage.items
+    with pytest.raises(DataError, match="odpo reads how much better .* score_chosen"):
+        build(dpo_config(place, tmp_path / "o", eval_strategy="steps", **options), Run(tmp_path, None, []))
 
 
 def test_scoring_the_dataset_once_changes_nothing(place, tmp_path):

@@ -270,6 +270,7 @@ def test_a_run_by_the_name_of_its_estimator(place, tmp_path):
         ({"advantage_estimator": "rlooo"}, ("advantage_estimator", "rloo")),
         ({"advantage_estimator": "pkpo", "advantage_options": ["kk=3"]}, ("pkpo", "kk", "k")),
         ({"advantage_estimator": "pkpo", "advantage_options": ["k=1"]}, ("pkpo", "at least 2")),
+        ({"advantage_estimator": "pkpo", "advantage_options": ["k=5"]}, ("pkpo", "k=5", "num_generations 4")),
         ({"advantage_options": ["k=1"]}, ("advantage_estimator",)),
         ({"advantage_estimator": "rloo", "scale_rewards": "none"}, ("scale_rewards", "advantage_estimator")),
     ],

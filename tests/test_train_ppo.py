@@ -205,6 +205,12 @@ def test_a_reward_model_judges_ppo_and_is_where_its_critic_starts(place, tmp_pat
     out = run(config).output_dir
     assert records(out, "rewards/judge/mean") == records(out, "reward")
     assert load_reward_model(out / "value_model").head.out_features == 1
+    asked = config_of(place, tmp_path / "next", model_name_or_path=str(out), value_model_path=str(place["judge"]))
+    assert torch.equal(build(asked, Run(tmp_path, None, [])).model.critic.head.weight, critic.head.weight)
+    config = config_of(place, tmp_path / "own", model_name_or_path=str(out))
+    saved = load_reward_model(out / "value_model").head.weight
+    assert torch.equal(build(config, Run(tmp_path, None, [])).model.critic.head.weight, saved)
+    assert not torch.equal(saved, load_reward_model(place["judge"]).head.weight)
     assert load_causal_lm(out).head.weight.shape == load_causal_lm(place["model"]).head.weight.shape
 
 

@@ -215,6 +215,8 @@ def test_tokens_and_loss_are_those_of_trl(place, tmp_path):
 def test_a_setting_without_effect_is_refused(place, tmp_path):
     with pytest.raises(ConfigError, match="label_smoothing 0.1 has no effect with --loss_type r3m"):
         config_of(place, tmp_path, loss_type="r3m", label_smoothing=0.1)
+    with pytest.raises(ConfigError, match="r3m_lambda 0.2 has no effect with --loss_type bradley_terry"):
+        config_of(place, tmp_path, r3m_lambda=0.2)
     head = tmp_path / "three"
     load_reward_model(place["model"], num_labels=3).model.save_pretrained(head)
     load_tokenizer(place["model"]).save_pretrained(head)

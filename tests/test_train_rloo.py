@@ -13,13 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl import losses
+from fastrl.ops.fused import loss_from_logprobs
+from fastrl.rewards.score import Scores
 from fastrl.rollout import Completion
+from fastrl.tokens import TokenBatch, TokenStats
 from fastrl.train import ConfigError, GRPOConfig, run
 from fastrl.train.config import RLOOConfig
 from fastrl.train.configs.grpo import CLIPPED, KINDS, OTHERS, RANGED
 from fastrl.train.configs.online import MODES
 from fastrl.train.output_dir import Run
 from fastrl.train.stages.grpo import READ_REWARDS, GRPOStage, objective_of
+from fastrl.train.stages.grpo_metrics import known_values, reward_metrics
+from fastrl.train.stages.grpo_objective import with_entropy
 from fastrl.train.step import loss_of, prepare
 from fastrl.train.workbench import build
 
@@ -198,7 +203,10 @@ def test_flags_become_the_objectives_numbers(place, tmp_path):
     assert made(loss_type="vespo", vespo_k_neg=1.0) == losses.get("vespo", k_neg=1.0)
     assert made(loss_type="dr_grpo") == losses.get("dr_grpo", max_length=5)
     assert made(loss_type="ppo_two_sided", delta=3.0) == losses.get("ppo_two_sided", delta=3.0)
-    assert made(beta=0.1, use_bias_correction_kl=True).kl == "is_k3"
+    assert made(loss_type="vapo") == losses.get("vapo")
+    assert made(loss_type="vapo", epsilon=0.1) == losses.get("vapo", clip_low=0.1, clip_high=0.1)
+    assert made(beta=0.1).kl == made(beta=0.1, use_bias_correction_kl=True).kl == "is_k3"
+    assert made(beta=0.1, use_bias_correction_kl=False).kl == "k3"
     assert made(top_entropy_quantile=0.2).top_entropy == 0.2
     opmd = made(loss_type="opmd", loss_options=["tau=0.5", "form=linear"])
     assert opmd == losses.get("opmd", tau=0.5, form="linear")
@@ -216,6 +224,13 @@ def test_flags_become_the_objectives_numbers(place, tmp_path):
         ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, ("sequence", "dapo", "grpo")),
         ({"use_bias_correction_kl": True, "kl_estimator": "k2"}, ("use_bias_correction_kl", "k2")),
         ({"loss_options": ["tau"]}, ("tau", "name=value")),
+        ({"loss_type": "prime_ipo", "loss_options": ["delta_low=0.3"]}, ("delta_low", "threshold")),
+        ({"loss_type": "a2po", "advantage_estimator": "rloo"}, ("advantage_estimator", "a2po")),
+        ({"loss_type": "a2po", "scale_rewards": "none"}, ("scale_rewards", "a2po")),
+        ({"entropy_target": 0.5}, ("entropy_target", "use_adaptive_entropy")),
+        ({"entropy_coef_max": 0.5}, ("entropy_coef_max", "use_adaptive_entropy")),
+        ({"sapo_temperature_pos": 2.0}, ("sapo_temperature_pos", "dapo")),
+        ({"loss_type": "sapo", "vespo_k_pos": 1.0}, ("vespo_k_pos", "sapo")),
         ({"loss_type": "opmd", "loss_options": ["tua=1"]}, ("opmd", "tua", "tau")),
     ],
 )
@@ -223,6 +238,67 @@ def test_what_does_not_fit_is_refused(options, words, place, tmp_path):
     with pytest.raises(ConfigError) as error:
         numbers_of(place, tmp_path, **options)
     assert all(w in str(error.value) for w in words)
+
+
+def test_the_entropy_bonus_is_a_mean_over_tokens_of_every_loss(place, tmp_path):
+    plain, with_bonus = (numbers_of(place, tmp_path, loss_type="grpo", entropy_coef=c) for c in (0.0, 0.5))
+    cu, entropy = torch.tensor([0, 1, 4]), torch.tensor([1.0, 2.0, 3.0, 6.0])
+    batch = TokenBatch(torch.zeros(4, dtype=torch.long), cu_seqlens=cu, advantages=torch.ones(4))
+    stats = TokenStats(logprobs=-torch.ones(4), entropy=entropy)
+    a, b = (float(loss_from_logprobs(o, stats, batch).loss) for o in (plain, with_bonus))
+    assert b - a == pytest.approx(-0.5 * 3.0)
+    c = float(loss_from_logprobs(with_entropy(with_bonus, 0.25), stats, batch).loss)
+    assert c - a == pytest.approx(-0.25 * 3.0)
+
+
+def test_a_step_without_a_trained_token_moves_no_coefficient(place, tmp_path):
+    config = config_of(GRPOConfig, place, tmp_path, use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=0.5)
+    stage = stage_of(config)[1]
+    stage.entropy_seen, stage.blind = [torch.zeros(())], True
+    stage.settle_entropy()
+    assert stage.entropy.coef == 0.01 and stage.entropy_seen == []
+    stage.entropy_seen, stage.blind = [torch.zeros(())], False
+    stage.settle_entropy()
+    assert stage.entropy.coef == pytest.approx(0.015)
+
+
+def test_an_epoch_is_the_steps_that_it_takes(place, tmp_path):
+    config = config_of(GRPOConfig, place, tmp_path, steps_per_generation=3, num_iterations=2)
+    first = stage_of(config)[1]
+    at_once, size = first.prompts_at_once, config.prompts_per_step
+    for count in (1, at_once, at_once + 1, 2 * at_once + size + 1):
+        stage = GRPOStage(first.setting, (first.prompts * 99)[:count], [], first.sampler, first.scorer)
+        taken, steps = 0, 0
+        while taken < count:
+            rows = len(stage.order.take(at_once))
+            taken, steps = taken + rows, steps + len(range(0, rows * config.num_generations, config.batch_size)) * 2
+        assert stage.steps_per_epoch == steps
+
+
+def test_samples_are_drawn_by_the_policy_as_it_is_trained(place, tmp_path):
+    """Under the same autocast, or their log-probs would be another model's."""
+    stage, seen = stage_of(config_of(GRPOConfig, place, tmp_path))[1], []
+    stage.how = dataclasses.replace(stage.how, autocast=torch.bfloat16)
+    stage.held_out = stage.prompts[:2]
+    generate = stage.sampler.generate
+
+    def watched(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return generate(*args, **kwargs)
+
+    stage.sampler = type("Engine", (), {"generate": staticmethod(watched)})()
+    stage.collect(Quiet())
+    assert "eval_frac_reward_zero_std" not in stage.evaluate(Quiet())
+    assert seen == [True, True]
+
+
+def test_the_rewards_numbers():
+    scores = Scores(torch.tensor([0.0, 0.0, 1.0, 1.0]), {"f": torch.tensor([0.0, 0.0, 1.0, 1.0])})
+    out = reward_metrics(scores, torch.zeros(4), torch.tensor([0, 0, 1, 1]))
+    assert out["reward_std"] == pytest.approx(3**-0.5) and out["frac_reward_zero_std"] == 1.0
+    nothing = Scores(torch.full((2,), torch.nan), {"f": torch.full((2,), torch.nan)})
+    out = reward_metrics(nothing, torch.zeros(2), torch.tensor([0, 0]))
+    assert out["reward"] != out["reward"] and "reward" not in known_values(out) and out["rewards/unscored"] == 2
 
 
 def test_the_entropy_bonus_follows_its_target(place, tmp_path):

@@ -29,6 +29,7 @@ from fastrl.models import LogitTransform, UnsupportedModelError
 from fastrl.tokens import TokenBatch
 
 KEY = "_fastrl_patch"
+FP16_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class CausalLMLoss:
 
     def _sum_over(self, logits: DeferredLogits, targets: Tensor, count: Tensor, ignore_index: int) -> Tensor:
         how = {"workspace_bytes": self.workspace_bytes, "ignore_index": ignore_index}
+        if not self.label_smoothing and logits.dtype == torch.float16:
+            # A GradScaler multiplies only after the gradients are made, and 1 / count of a small probability is 0 by
+            # then. Nearly a sum in place of the mean; more than FP16_ROWS rows are scaled so that dW does not overflow.
+            unit = max(1.0, targets.shape[0] / FP16_ROWS)
+            made = logits.loss(losses.get("nll"), TokenBatch(targets=targets, num_tokens=unit), **how).loss
+            return made.float() * (unit / count)
         if not self.label_smoothing:
             return logits.loss(losses.get("nll"), TokenBatch(targets=targets, num_tokens=count), **how).loss
         flat = logits.flatten()

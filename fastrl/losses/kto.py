@@ -56,17 +56,24 @@ class Unpaired(Referenced):
         return self.weights(batch, gain) * self.penalty(torch.where(self.labels(batch), gain, -gain))
 
     def metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
-        """[S]; TRL's names: means over the desirable ("chosen") and the undesirable ("rejected") answers."""
+        """[S]; TRL's names: means over the desirable ("chosen") and the undesirable ("rejected") answers.
+
+        A step with answers of one label only has no mean of the other and no margin: those names are left out.
+        """
         rewards, logps, desirable = self.rewards(stats, batch), self.summed(stats.logprobs, batch), self.labels(batch)
         share = batch.sequence("label_share", type(self).__name__).to(rewards.dtype)
         good, bad = (torch.where(of, 1 / share, torch.zeros_like(share)) for of in (desirable, ~desirable))
-        return {
+        made = {
             "rewards/chosen": rewards * good,
             "rewards/rejected": rewards * bad,
             "rewards/margins": rewards * (good - bad),
             "logps/chosen": logps * good,
             "logps/rejected": logps * bad,
         }
+        if share.numel() == 0 or not bool((share == 1).all()):
+            return made
+        kept = "chosen" if bool(desirable.all()) else "rejected"
+        return {name: value for name, value in made.items() if name.endswith(kept)}
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,9 @@ class APOZeroUnpaired(Unpaired):
 class BCO(Unpaired):
     """Binary classifier optimisation (Jung et al. 2024). Scope: batch.
 
-    -log sigma(beta u - delta) or -log sigma(delta - beta u). delta: given (a running mean, say), or from the step:
-    the middle between the mean rewards of its desirable and of its undesirable answers, without gradient.
+    -log sigma(beta u - delta) or -log sigma(delta - beta u). delta: given, or of this step alone: the middle between
+    the mean rewards of its desirable and of its undesirable answers, without gradient. The paper's delta is a running
+    mean over steps, which the caller keeps and gives.
     density_ratios=True (underlying distribution matching): an undesirable answer weighs
     clamp(batch.per_sequence["density_ratio"], min_density_ratio, max_density_ratio), p / (1 - p) of a classifier that
     tells prompts of desirable answers (p) from those of undesirable ones.

@@ -145,6 +145,7 @@ class SimPER(PairLoss):
 
     paper: ClassVar[str] = "Xiao et al. 2025, arXiv:2502.00883, the SimPER loss"
     formula: ClassVar[str] = "e^(S_l / n_l) - e^(S_w / n_w)"
+    takes_offset: ClassVar[bool] = False
     length_normalised: bool = True
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:

@@ -191,19 +191,26 @@ class PairLoss(Scored):
     length_normalised: scores are means over trained tokens. ld_alpha: weight of the tokens past the shorter answer's
     length (LD-DPO, Liu et al. 2024, arXiv:2409.06411). use_weighting: each pair weighs
     w(chosen) w(rejected), w = exp mean_t (log pi_t - log sum_v p_v^2), no gradient (WPO, Zhou et al. 2024,
-    arXiv:2406.11827, eq. 2). margin_coef: offset margin_coef * batch.margins (ODPO, Amini et al. 2024).
+    arXiv:2406.11827, eq. 2). margin_coef: offset margin_coef * batch.margins (ODPO, Amini et al. 2024); ValueError in
+    a class with takes_offset False, whose law has no margin to shift.
     """
 
     length_normalised: bool = False
     ld_alpha: float | None = None
     use_weighting: bool = False
     margin_coef: float = 0.0
+    takes_offset: ClassVar[bool] = True
     scope: ClassVar[str] = "pair"
     aggregate: ClassVar[str] = "sequence_mean_token_mean"
 
     def __post_init__(self):
         super().__post_init__()
         check_numbers(self, ld_alpha=(0.0, 1.0, "[]"))
+        if self.margin_coef and not self.takes_offset:
+            raise ValueError(
+                f"margin_coef must be 0 in {type(self).__name__}, whose law has no margin to shift, "
+                f"got {self.margin_coef}"
+            )
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -149,6 +149,8 @@ class PolicyLoss:
         made = {"per_token": {}, "per_sequence": {}, **self.step_columns(batch, stats, everywhere)}
         if self.weighted:
             weight = step_weight(self.every_correction, batch, everywhere)
+            if any(c.needs_rollout for c in self.every_correction):
+                made["per_token"]["is_weight"] = weight
             if self.top_entropy < 1:
                 weight = weight * high_entropy(stats.entropy, self.top_entropy, everywhere)
             kept = made["per_token"].pop("kept", None)
@@ -183,8 +185,8 @@ class PolicyLoss:
         made = {}
         if batch.ref_logprobs is not None:
             made["kl"] = kl_estimate("k3", stats.logprobs, batch.ref_logprobs)
-        if self.every_correction:
-            made["sampling/importance_sampling_ratio/mean"] = batch.token("policy_weight")
+        if any(c.needs_rollout for c in self.every_correction):
+            made["sampling/importance_sampling_ratio/mean"] = batch.token("is_weight")
         return made
 
 

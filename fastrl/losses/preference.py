@@ -168,6 +168,7 @@ class NCAPair(RatioPairLoss):
 
     paper: ClassVar[str] = "Chen et al. 2024, arXiv:2402.05369, NCA with two answers"
     formula: ClassVar[str] = "-log sigma(beta c) - log sigma(-beta c) / 2 - log sigma(-beta r) / 2"
+    takes_offset: ClassVar[bool] = False
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
         c, r = self.beta * chosen, self.beta * rejected
@@ -180,6 +181,7 @@ class BCOPair(RatioPairLoss):
 
     paper: ClassVar[str] = "Jung et al. 2024, arXiv:2404.04656, with delta = 0"
     formula: ClassVar[str] = "-log sigma(beta c) - log sigma(-beta r)"
+    takes_offset: ClassVar[bool] = False
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
         return log_loss(self.beta * chosen) + log_loss(-self.beta * rejected)
@@ -191,6 +193,7 @@ class SPPOHard(RatioPairLoss):
 
     paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.00675, eq. 4.7"
     formula: ClassVar[str] = "(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2"
+    takes_offset: ClassVar[bool] = False
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
         return (chosen - 0.5 / self.beta).square() + (rejected + 0.5 / self.beta).square()
@@ -202,6 +205,7 @@ class APOZero(RatioPairLoss):
 
     paper: ClassVar[str] = "D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7"
     formula: ClassVar[str] = "1 - sigma(beta c) + sigma(beta r)"
+    takes_offset: ClassVar[bool] = False
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
         return (-self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
@@ -213,6 +217,7 @@ class APODown(RatioPairLoss):
 
     paper: ClassVar[str] = "D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8"
     formula: ClassVar[str] = "sigma(beta c) + 1 - sigma(beta (c - r))"
+    takes_offset: ClassVar[bool] = False
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:
         return (self.beta * chosen).sigmoid() + (self.beta * (rejected - chosen)).sigmoid()

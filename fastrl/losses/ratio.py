@@ -219,6 +219,9 @@ class PrimeIPO(PrimeRL):
     def __post_init__(self):
         super().__post_init__()
         check_numbers(self, "threshold", at_least=0)
+        for name in ("delta_low", "delta_high"):
+            if getattr(self, name) != getattr(PrimeIPO, name):
+                raise ValueError(f"{name}={getattr(self, name)} has no meaning for prime_ipo: its bound is threshold")
 
     def keeps(self, logprobs, rollout, advantages):
         return (_probability(logprobs) - _probability(rollout)).abs() <= self.threshold

@@ -43,7 +43,7 @@ class A2PO(PolicyLoss):
                 "a2po needs batch.rewards [S] and, for V*, batch.per_sequence['optimal_value'] [S] or batch.group_ids "
                 f"[S]; rewards are {_there(batch.rewards)}, group_ids {_there(batch.group_ids)}"
             )
-        value = optimal_value(batch.rewards, batch.group_ids, self.beta1, everywhere)
+        value = optimal_value(batch.rewards, batch.group_ids, self.beta1)
         return {"per_sequence": {"optimal_value": value}}
 
     def inert(self, batch: TokenBatch) -> Tensor | None:
@@ -66,10 +66,13 @@ def _there(x) -> str:
     return "missing" if x is None else "there"
 
 
-def optimal_value(rewards: Tensor, group_ids: Tensor, beta1: float, everywhere=lambda x: x) -> Tensor:
-    """[S] float64 beta1 log mean exp(R / beta1) over each one's group, on all ranks; NaN rewards are left out."""
-    every, ids = everywhere(rewards.double()) / beta1, everywhere(group_ids)
-    known, index = torch.unique(ids, return_inverse=True)
+def optimal_value(rewards: Tensor, group_ids: Tensor, beta1: float) -> Tensor:
+    """[S] float64 beta1 log mean exp(R / beta1) over each one's group; NaN rewards are left out.
+
+    A group lies on one rank whole, and its number says nothing on another.
+    """
+    every = rewards.double() / beta1
+    known, index = torch.unique(group_ids, return_inverse=True)
     scored = ~torch.isnan(every)
     filled = torch.where(scored, every, torch.full_like(every, -math.inf))
     top = torch.full((known.shape[0],), -math.inf, dtype=every.dtype, device=every.device)
@@ -77,7 +80,7 @@ def optimal_value(rewards: Tensor, group_ids: Tensor, beta1: float, everywhere=l
     total = torch.zeros_like(top).index_add(0, index, (filled - top[index]).exp())
     count = torch.zeros_like(top).index_add(0, index, scored.double())
     value = beta1 * (top + torch.log(total) - torch.log(count))  # a group without any score: NaN, as its rewards
-    return value[torch.searchsorted(known, group_ids)]
+    return value[index]
 
 
 @dataclass(frozen=True)

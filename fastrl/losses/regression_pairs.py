@@ -107,6 +107,7 @@ class DIL(RatioPairLoss):
 
     paper: ClassVar[str] = "Xiao et al. 2025, On a connection between imitation learning and RLHF, ICLR, table 1"
     formula: ClassVar[str] = "lsif: -e^r_w + e^(2 r_l) / 2; ukl: -r_w + e^r_l; bce: -log sigma(r_w) - log sigma(-r_l)"
+    takes_offset: ClassVar[bool] = False
     length_normalised: bool = True
     kind: str = "lsif"
 

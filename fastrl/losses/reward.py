@@ -222,6 +222,7 @@ class ConfidencePairs(PairReward):
     """Reward calibration of stated confidence: two scores a sequence, (stated high, stated low). Scope: pair.
 
     sp(-(r_w,high - r_w,low)) + sp(-(r_l,low - r_l,high)): confidence pays for the good answer, doubt for the bad one.
+    center draws (high + low) of both answers towards 0.
     """
 
     paper: ClassVar[str] = "Leng et al. 2024, PPO-M, arXiv:2410.09724"
@@ -231,7 +232,7 @@ class ConfidencePairs(PairReward):
         high, low = scores_of(stats, 2).unbind(1)
         chosen, rejected = pairs(high - low)
         loss = softplus(-chosen) + softplus(rejected)
-        return loss + self.center * pairs(high + low)[0].square() if self.center else loss
+        return loss + self.center * sum(pairs((high + low).square())) if self.center else loss
 
     def metrics(self, stats: HeadStats, batch: TokenBatch) -> dict[str, Tensor]:
         return pair_metrics(stats.scores[:, 0] - stats.scores[:, 1])

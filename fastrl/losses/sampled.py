@@ -106,7 +106,8 @@ class MiniLLM(OPD):
 
     A_t = sum_{u>t} gamma^(u-t-1) (log q - log p_old)(y_u), divided by the sum of those powers with
     length_normalised (the mean of what is left). The ratio is clipped as in PPO. Needs batch.old_logprobs and, with
-    single_step, a teacher in the call for KL(p||q) of the token itself.
+    single_step, a teacher in the call for KL(p||q) of the token itself. single_step=False leaves that divergence out:
+    the token's own log-ratio is then a part of A_t, its sum over u >= t of gamma^(u-t).
     """
 
     paper: ClassVar[str] = "Gu et al. 2024, arXiv:2306.08543, sec. 2.2"
@@ -130,10 +131,14 @@ class MiniLLM(OPD):
 
     def columns(self, batch: TokenBatch, stats: TokenStats | None, everywhere: Callable[[Tensor], Tensor]) -> dict:
         a = teacher_advantage(None, batch, "minillm")
-        later = self._later(a, batch)
+        total = self._total(a, batch)
         if self.length_normalised:
-            later = later / self._later(torch.ones_like(a), batch).clamp(min=1.0)
-        return {"per_token": {"distill_advantage": later.to(a.dtype)}}
+            total = total / self._total(torch.ones_like(a), batch).clamp(min=1.0)
+        return {"per_token": {"distill_advantage": total.to(a.dtype)}}
+
+    def _total(self, x: Tensor, batch: TokenBatch) -> Tensor:
+        """[T] float64 discounted sum from the token after t on; from t itself where no divergence stands for t."""
+        return self._later(x, batch) if self.single_step else suffix_sums(x, batch, self.gamma)
 
     def _later(self, x: Tensor, batch: TokenBatch) -> Tensor:
         """[T] float64 sum over u > t of gamma^(u-t-1) x_u: the suffix sum of the next token of the sequence."""

@@ -20,16 +20,31 @@ from fastrl.tokens import TokenBatch, TokenStats, segment_mean, segment_sum
 WIDE = 0.05  # a mean of n log-ratios spreads 1/sqrt(n) as far as each: no clip this far out is ever met
 
 
+def of_sequences(values: Tensor, batch: TokenBatch) -> Tensor:
+    """[T] float64 whose mean over tokens is the mean over sequences of `values` [T], the same on a sequence's rows."""
+    return values.double() * batch.num_tokens / (batch.num_sequences * batch.spread(batch.lengths))
+
+
 @dataclass(frozen=True)
-class GSPO(Clipped):
+class SequenceClipped(Clipped):
+    """One ratio a sequence: what is reported of it counts sequences."""
+
+    own_scope: ClassVar[str] = "sequence"
+    aggregate: ClassVar[str] = "sequence_mean_token_mean"
+
+    def metrics(self, stats, batch):
+        made = super().metrics(stats, batch)
+        return made | {n: of_sequences(x, batch) for n, x in made.items() if n.startswith(("clip_ratio/", "ratio"))}
+
+
+@dataclass(frozen=True)
+class GSPO(SequenceClipped):
     """ppo_clip on the sequence's ratio s (Zheng et al. 2025, eq. 5-7). c_t = -s A / n where unclipped."""
 
     paper: ClassVar[str] = "Zheng et al. 2025, arXiv:2507.18071, eq. 5-7"
     formula: ClassVar[str] = "-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), s = exp(mean d)"
     clip_low: float = 3e-4
     clip_high: float = 4e-4
-    own_scope: ClassVar[str] = "sequence"
-    aggregate: ClassVar[str] = "sequence_mean_token_mean"
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,14 +81,12 @@ class LUSPO(GSPO):
 
 
 @dataclass(frozen=True)
-class RLOO(Clipped):
+class RLOO(SequenceClipped):
     """ppo_clip on the product R of a sequence's ratios: REINFORCE with whole completions as actions (Ahmadian et al.
     2024), clipped as TRL does. c_t = -R A. Advantages: leave-one-out (fastrl.advantages)."""
 
     paper: ClassVar[str] = "Ahmadian et al. 2024, arXiv:2402.14740, eq. 8"
     formula: ClassVar[str] = "-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A), R = exp(sum d)"
-    own_scope: ClassVar[str] = "sequence"
-    aggregate: ClassVar[str] = "sequence_mean_token_mean"
 
     def log_ratio(self, stats: TokenStats, batch: TokenBatch) -> Tensor:  # [T]
         return batch.spread(segment_sum(log_ratio(stats, batch), batch))
@@ -156,7 +169,7 @@ class VESPO(PolicyLoss):
         return -self.phi(stats, batch) * batch.token_advantages * stats.logprobs
 
     def metrics(self, stats, batch):
-        return {**super().metrics(stats, batch), "vespo/phi_seq_mean": self.phi(stats, batch)}
+        return {**super().metrics(stats, batch), "vespo/phi_seq_mean": of_sequences(self.phi(stats, batch), batch)}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Stepwide(Ranged, RatioPairLoss):
 class BetaDPO(Stepwide):
     """beta-DPO (Wu et al. 2024, eq. 7): one beta for the step, larger where its pairs are told apart more widely.
 
-    centre: M_0, the running mean of the gaps h, which the trainer keeps (the paper: momentum 0.9). The step's beta is
+    centre: M_0, the running mean of the gaps h, which the caller keeps (the paper: momentum 0.9). The step's beta is
     at least 1e-3. The paper's filter of outlying pairs is the sampler's affair.
     """
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastrl.losses.margin import RatioPairLoss, check_numbers, interleaved, log_loss, pairs
+from fastrl.losses.margin import RatioPairLoss, check_numbers, interleaved, log_loss, own_length, pairs
 from fastrl.tokens import TokenBatch, TokenStats
 
 
@@ -42,6 +42,11 @@ class AOT(RatioPairLoss):
     def __post_init__(self):
         super().__post_init__()
         check_numbers(self, label_smoothing=(0.0, 0.5, "[)"))
+        if self.use_weighting:
+            raise ValueError(
+                f"{type(self).__name__} holds answers of different pairs against each other, so a pair has no weight: "
+                "use_weighting must be False, got True"
+            )
 
     def columns(self, batch: TokenBatch, stats: TokenStats, everywhere: Callable[[Tensor], Tensor]) -> dict:
         """per_sequence "aot_shift": v_i - v_(place of u_i), the same on both sequences of pair i."""
@@ -53,7 +58,8 @@ class AOT(RatioPairLoss):
         return {"per_sequence": {"aot_shift": interleaved(shift, shift)}}
 
     def _gap(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        chosen, rejected = pairs(self.summed(logprobs, batch))
+        summed = self.summed(logprobs, batch)
+        chosen, rejected = pairs(summed / own_length(batch, summed) if self.length_normalised else summed)
         return chosen - rejected
 
     def law(self, chosen: Tensor, rejected: Tensor, batch: TokenBatch) -> Tensor:

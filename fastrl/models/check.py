@@ -56,10 +56,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout; afterwards every module as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    with torch.no_grad():
-        yield
-    for module in training:
-        module.training = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_parity(packed: PackedModel, reference: Reference | None = None) -> None:

@@ -313,6 +313,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head: HeadSpec, how, law: _Law, stats: TokenStats):
+        ctx.set_materialize_grads(False)
         name, outputs, plan = how
         needs = tuple(ctx.needs_input_grad[:3])
         with autocast_off(hidden):
@@ -327,6 +328,8 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     @no_second_derivative
     def backward(ctx, upstream):
+        if upstream is None:  # the loss had no part in what is differentiated
+            return (None,) * 7
         grads = ctx.saved_tensors
         # On the CPU the usual upstream of exactly 1 is seen for free, and saves a walk over dW.
         if upstream.device.type != "cpu" or float(upstream) != 1.0:

@@ -29,6 +29,7 @@ from fastrl.tokens import TokenStats
 CACHE_BYTES = {"cpu": 18 << 20}  # of a tile, its dlogits, its words' W and dW; measured where 32 MiB are shared
 WIDENED_BYTES = {"cpu": 8 << 20}  # of a half-precision W held in the accumulation dtype at once
 GPU_BYTES = 256 << 20
+LEAST_WORDS = 256  # of a tile
 INVARIANT_ROWS, INVARIANT_WORDS = 64, 2048  # the shape of every GEMM of a batch-invariant forward
 Coefficient = Callable[[int, int, TokenStats], Coefs]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -195,7 +196,7 @@ class Walk:
         if self.plan.invariant:
             return spans(v, INVARIANT_WORDS)
         words = min(self.cached // (columns + self.hidden.shape[1] + 1), self.tile_elements // max(1, columns))
-        words = max(256, words)
+        words = max(LEAST_WORDS, words)
         if self.hidden.dtype != self.acc and not self.narrow:
             words = min(words, max(1, self.widened))
         count = max(1, -(-v // words))
@@ -340,7 +341,7 @@ class Gradients:
         if self.needs[1] and self.d_weight is None:
             self.d_weight = weight.new_empty(weight.shape, dtype=weight.dtype if self.once else walk.acc)
         widest = max(s.hidden.shape[0] for s in sources)
-        if ahead is not None and ahead.words * widest > walk.tile_elements:
+        if ahead is not None and ahead.words > max(LEAST_WORDS, walk.tile_elements // widest):
             ahead = None  # of few rows: its tiles are too many words for these
         spread = list(walk.tiles(widest)) if ahead is None else ahead.tiles
         words = max((b - a for a, b in spread), default=0)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastrl.integrations.heads import causal_lm_of
+from fastrl.integrations.linear import parts_of
 from fastrl.integrations.trl import one_pass
 from fastrl.integrations.trl.forward import FusedForward
 from fastrl.integrations.trl.head import Asked
@@ -38,9 +39,9 @@ def patch(trainer: Any, *, pack: bool | None = None, workspace_bytes: int | None
     Args:
         trainer: an SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer of TRL 1.16.
         pack: whether the body runs over real tokens alone, without padding. None: where a short check finds the same
-            hidden states, no dropout is drawn in training (whose draws would fall elsewhere) and no quantile of
-            entropies is taken (which rounding decides among ties). True: wherever the model can, ValueError where it
-            cannot. False: never.
+            hidden states, no dropout is drawn in training (whose draws would fall elsewhere), no quantile of entropies
+            is taken (which rounding decides among ties), no NEFTune noise is added and generation is not by continuous
+            batching. True: wherever the model can, ValueError where it cannot, or under the last two. False: never.
         workspace_bytes: of logits that may exist at once; None as in `fastrl.linear_logprobs`.
 
     Raises: TypeError on anything else; UnsupportedTrainerError naming what cannot be honoured. A trainer patched again
@@ -48,10 +49,13 @@ def patch(trainer: Any, *, pack: bool | None = None, workspace_bytes: int | None
     """
     kind = kind_of(trainer)
     refuse(trainer, kind)
-    unpatch(trainer)
     policy, reference = models_of(trainer)
     for model in (policy, reference):
         check_head(model)
+    padded = _padded_only(trainer)
+    if pack and padded:
+        raise UnsupportedTrainerError(f"pack=True, but {padded}")
+    _close(trainer)
     outputs = OUTPUTS[kind]
     if getattr(trainer, "use_weighting", False):
         outputs += ("log_sum_sq_probs",)
@@ -61,7 +65,7 @@ def patch(trainer: Any, *, pack: bool | None = None, workspace_bytes: int | None
         workspace_bytes=workspace_bytes,
         invariant=getattr(trainer, "top_entropy_quantile", 1.0) < 1.0,
     )
-    pack = False if pack is None and common["invariant"] else pack
+    pack = False if pack is None and (padded or common["invariant"]) else pack
     forward = FusedForward(policy, Asked(outputs, **common), pack, _precision(trainer, policy))
     trainer._fastrl = [forward]
     if reference is not None:
@@ -74,13 +78,37 @@ def patch(trainer: Any, *, pack: bool | None = None, workspace_bytes: int | None
 
 
 def unpatch(trainer: Any) -> Any:
-    """TRL's own head again, and the model's own attention. A trainer that was not patched stays as it is."""
+    """TRL's own head again, and the model's own attention. A trainer that was not patched stays as it is.
+
+    Raises: UnsupportedTrainerError while an adapter lies on the head, which TRL's own head would pass by.
+    """
+    for forward in vars(trainer).get("_fastrl", []):
+        if parts_of(forward.model.get_output_embeddings()).adapters:
+            raise UnsupportedTrainerError(
+                "an adapter lies on the LM head, and TRL's own head would pass it by; merge or remove it before unpatch"
+            )
+    _close(trainer)
+    return trainer
+
+
+def _close(trainer: Any) -> None:
     own = vars(trainer)
     for forward in own.pop("_fastrl", []):
         forward.close()
-        if forward.covered is not None and own.get("_compute_loss") is forward.covered:
-            del own["_compute_loss"]
-    return trainer
+        if forward.covered is None or own.get("_compute_loss") is not forward.covered:
+            continue
+        del own["_compute_loss"]
+        if forward.uncovered is not None:
+            own["_compute_loss"] = forward.uncovered
+
+
+def _padded_only(trainer: Any) -> str | None:
+    """Why the body must go on reading padded rows, or None."""
+    if getattr(trainer, "neftune_noise_alpha", None) is not None:
+        return "NEFTune's noise is scaled by the padded length (neftune_noise_alpha); leave pack at None"
+    if getattr(trainer, "use_transformers_continuous_batching", False):
+        return "continuous batching generates under transformers' own attention alone; leave pack at None"
+    return None
 
 
 def _expect_own_samples(trainer: Any, forward: FusedForward) -> None:
@@ -92,6 +120,7 @@ def _expect_own_samples(trainer: Any, forward: FusedForward) -> None:
         with one_pass.expecting(forward, guess):
             return theirs(model, inputs)
 
+    forward.uncovered = vars(trainer).get("_compute_loss")
     trainer._compute_loss = forward.covered = compute_loss
 
 

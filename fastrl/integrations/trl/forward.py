@@ -8,6 +8,7 @@ with it, only real tokens go through the body, and TRL's loss code stays in char
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import types
 import warnings
@@ -27,7 +28,8 @@ MORE = ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values")  #
 class FusedForward:
     """Installed on one causal LM; `close` gives it back what it had. context: the precision it is to run in.
 
-    guess: mask of scored rows -> what is expected of the loss (fastrl.integrations.trl.one_pass).
+    guess: mask of scored rows -> what is expected of the loss (fastrl.integrations.trl.one_pass); a wrong one costs a
+    second pass over the head, so after two there are no more.
     """
 
     def __init__(self, model: nn.Module, asked: Asked, pack: bool | None, context: Callable = contextlib.nullcontext):
@@ -41,14 +43,21 @@ class FusedForward:
             warnings.warn(f"{said}; its body goes on reading padded ones", stacklevel=3)
         self.draws = has_dropout(model)
         self.guess: Callable[[Tensor], Guess] | None = None
+        self.misses: list[str] = []
         self.covered: Callable | None = None  # what stands in for the trainer's _compute_loss
+        self.uncovered: Callable | None = None  # what the trainer itself had there
+        self.warned = False
         model.forward = types.MethodType(self._entry(), model)
         self.mine = model.forward
 
     def _entry(self) -> Callable:
         @functools.wraps(type(self.model).forward)  # generate() holds its keywords against this signature
         def forward(model, *args, fused_lm_head=False, **kwargs):
+            if model is not self.model:  # a copy of the patched model
+                theirs = getattr(self.theirs, "__func__", type(model).forward)
+                return theirs(model, *args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
             if not fused_lm_head:
+                self.say_if_training()
                 return self.theirs(*args, **kwargs)
             if not self.active:
                 return self.theirs(*args, fused_lm_head=True, **kwargs)
@@ -56,6 +65,16 @@ class FusedForward:
                 return self.score(*args, **kwargs)
 
         return forward
+
+    def say_if_training(self) -> None:
+        """Once: a plain call with gradients forms logits."""
+        if self.active and not self.warned and self.model.training and torch.is_grad_enabled():
+            self.warned = True
+            warnings.warn(
+                f"{type(self.model).__name__} was called in training without fused_lm_head=True: that forms logits "
+                "as before the patch; see docs/integrations.md",
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """Accelerate may have wrapped the forward since: then what it wraps hands over to TRL's."""
@@ -79,12 +98,16 @@ class FusedForward:
         b, t = mask.nonzero(as_tuple=True)
         width = targets.shape[1] + (shift_labels is None)
         hidden = self.hidden(args, kwargs, b * width + t)
-        guess = None if self.guess is None or not torch.is_grad_enabled() else self.guess(mask)
-        made = statistics(self.model, self.asked, hidden, targets[mask], guess)
+        made = statistics(self.model, self.asked, hidden, targets[mask], self._expected(mask))
         made = {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in made.items()}
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -made["log_probs"].sum() / count
         return FusedCausalLMOutput(loss=loss, label_mask=mask, **made)
+
+    def _expected(self, mask: Tensor) -> Guess | None:
+        if self.guess is None or not torch.is_grad_enabled() or len(self.misses) > 1:
+            return None
+        return dataclasses.replace(self.guess(mask), misses=self.misses)
 
     def hidden(self, args: tuple, kwargs: dict, scored: Tensor) -> Tensor:
         """[N, H] final hidden states at these places [N] of the batch laid out flat."""
@@ -99,7 +122,7 @@ class FusedForward:
     def _real(self, args: tuple, kwargs: dict) -> RealTokens | None:
         """The real tokens, if the body can run over them alone with the same result."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if self.body is None or not self.body.works or args or any(kwargs.get(name) is not None for name in MORE):
+        if self.body is None or not self.body.ready or args or any(kwargs.get(name) is not None for name in MORE):
             return None
         if ids is None or mask is None or mask.shape != ids.shape:  # a learned prefix makes the mask longer
             return None

@@ -68,7 +68,8 @@ def mean_logits(form: LinearForm, law: LogitTransform, asked: Asked) -> Tensor:
     acc = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         if law.softcap is None:
-            mean = hidden.to(acc) @ weight.mean(0, dtype=acc)
+            summed = sum(rows.sum(0, dtype=acc) for rows in weight.split(4096))  # no wide copy of the whole head
+            mean = hidden.to(acc) @ (summed / weight.shape[0])
             mean = mean if bias is None else mean + bias.to(acc).mean()
             return mean * law.scale / asked.temperature
         rows = max(1, (asked.workspace_bytes or WORKSPACE) // (3 * acc.itemsize * weight.shape[0]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -53,12 +53,16 @@ class Expected:
 
 @dataclass(frozen=True)
 class Guess:
-    """What is expected of a call, on its N scored rows: c [N], and for a KL term ref_logprobs and its weight [N]."""
+    """What is expected of a call, on its N scored rows: c [N], and for a KL term ref_logprobs and its weight [N].
+
+    misses: where a loss that was not expected leaves a word.
+    """
 
     objective: Expected
     c: Tensor
     ref_logprobs: Tensor | None = None
     kl_weight: Tensor | None = None
+    misses: list[str] = field(default_factory=list)
 
     def batch(self, targets: Tensor) -> TokenBatch:
         more = {} if self.kl_weight is None else {"kl_weight": self.kl_weight}
@@ -68,7 +72,7 @@ class Guess:
 
 
 def one_pass(form: LinearForm, targets: Tensor, guess: Guess, how: dict[str, Any]) -> TokenStats:
-    """Statistics of `linear_logprobs`, log-probs with a graph and the others without. how: its options."""
+    """Statistics of `linear_logprobs`, log-probs and entropy with a graph. how: its options."""
     batch = guess.batch(targets)
     made = fused_loss(guess.objective, form.hidden, form.weight, batch, form.bias, **how)
     stats = made.stats
@@ -77,32 +81,43 @@ def one_pass(form: LinearForm, targets: Tensor, guess: Guess, how: dict[str, Any
         value = guess.objective(TokenStats(logprobs=leaf), batch).sum()
     expected = torch.autograd.grad(value, leaf)[0]
     again = {k: x for k, x in how.items() if k != "outputs"}
-    stats.logprobs = _Known.apply(made.loss, *form, stats.logprobs, expected, targets, again)
+    rest = (expected, targets, again, guess.misses)
+    stats.logprobs, stats.entropy = _Known.apply(made.loss, *form, stats.logprobs, stats.entropy, *rest)
     return stats
 
 
 class _Known(torch.autograd.Function):
-    """log-probs whose backward hands a multiple of `expected` on to the guessed loss, and anything else to the head."""
+    """log-probs whose backward hands a multiple of `expected` on to the guessed loss, and anything else to the head.
+
+    entropy, if it is there, was not expected to have a gradient: one that comes goes to the head with the log-probs'.
+    """
 
     @staticmethod
-    def forward(ctx, loss, hidden, weight, bias, logprobs, expected, targets, how):
+    def forward(ctx, loss, hidden, weight, bias, logprobs, entropy, expected, targets, how, misses):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, expected, targets)
-        ctx.how = how
-        return logprobs.clone()
+        ctx.how, ctx.misses = how, misses
+        return logprobs.clone(), None if entropy is None else entropy.clone()
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, d_entropy):
         hidden, weight, bias, expected, targets = ctx.saved_tensors
-        factor = common_factor(upstream, expected)
+        given = {n: x for n, x in (("logprobs", upstream), ("entropy", d_entropy)) if x is not None}
+        if not given:
+            return (None,) * 10
+        factor = common_factor(upstream, expected) if d_entropy is None else None
         if factor is not None:
-            return factor.to(upstream.dtype), *(None,) * 7
+            return factor.to(upstream.dtype), *(None,) * 9
+        if all(bool(x.isfinite().all()) for x in given.values()):  # an overflow tells nothing of the law
+            ctx.misses.append(" and ".join(given))
         own, needs = (hidden, weight, bias), ctx.needs_input_grad[1:4]
         inputs = [None if x is None else x.detach().requires_grad_(n) for x, n in zip(own, needs, strict=True)]
+        how = ctx.how | {"outputs": tuple(given), "strategy": "two_pass"}
         with torch.enable_grad():
-            made = linear_logprobs(inputs[0], inputs[1], targets, inputs[2], strategy="two_pass", **ctx.how)
+            made = linear_logprobs(inputs[0], inputs[1], targets, inputs[2], **how)
         wanted = [x for x in inputs if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(made.logprobs, wanted, upstream))
-        return None, *(next(grads) if n else None for n in needs), *(None,) * 4
+        grads = iter(torch.autograd.grad([getattr(made, n) for n in given], wanted, list(given.values())))
+        return None, *(next(grads) if n else None for n in needs), *(None,) * 6
 
 
 def common_factor(upstream: Tensor, expected: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastrl.integrations.deferred import deferring
 from fastrl.integrations.heads import causal_lm_of
+from fastrl.integrations.linear import parts_of
 from fastrl.models import LogitTransform, UnsupportedModelError
 from fastrl.models.check import evaluating
 
@@ -61,6 +62,9 @@ def _reasons(trainer: Any, kind: str):
         size = getattr(parallel, f"{name}_size", 1) if parallel is not None else 1
         yield size > 1, f"{name}_size={size} cuts the sequence or the head over ranks"
     base = causal_lm_of(trainer.model)
+    if getattr(args, "cast_lm_head_to_fp32", False):
+        adapted = bool(parts_of(base.get_output_embeddings()).adapters)
+        yield adapted, "cast_lm_head_to_fp32=True: generation would pass the head's adapter by; set it to False"
     forward = vars(base).get("forward")
     yield forward is None, f"{type(base).__name__} was not given a head by TRL; patch a trainer as TRL 1.16 makes it"
 

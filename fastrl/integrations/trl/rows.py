@@ -62,7 +62,8 @@ class PackedBody:
         self.model, self.covered = model, model.config._attn_implementation
         if self.covered in NAMES:
             model.set_attn_implementation(NAMES[self.covered])
-        self.works = self.covered in NAMES or str(self.covered).startswith("flash_attention")
+        self.ours = self.covered in NAMES or self.covered in NAMES.values()  # another trainer's patch may be there
+        self.works = self.ours or str(self.covered).startswith("flash_attention")
         self.trouble = None if self.works else f"attention {self.covered!r} is not told of sequence boundaries"
         if self.works:
             self.trouble = _trouble(self)
@@ -72,17 +73,22 @@ class PackedBody:
 
     def close(self) -> None:
         """The model's own attention again."""
-        if self.model.config._attn_implementation != self.covered:
+        if self.covered in NAMES and self.model.config._attn_implementation == NAMES[self.covered]:
             self.model.set_attn_implementation(self.covered)
+
+    @property
+    def ready(self) -> bool:
+        """Whether packed rows may come now: not after someone has set another attention."""
+        now = self.model.config._attn_implementation
+        return self.works and (now in NAMES.values() if self.ours else now == self.covered)
 
     def __call__(self, input_ids: Tensor, real: RealTokens, **others: Any) -> Tensor:
         """input_ids [B, L] -> final hidden states [T, H] of the real tokens."""
-        ours = self.covered in NAMES
         cu, longest = real.packing.cu_seqlens, real.packing.max_seqlen
         return self.model.base_model(
             input_ids=input_ids.reshape(-1)[real.flat][None],
             # transformers hands a 4-D mask through as it is: it builds none of its own, and packed attention reads none
-            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device) if ours else None,
+            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device) if self.ours else None,
             position_ids=real.columns[None],
             packing=real.packing,
             cu_seq_lens_q=cu,

@@ -50,6 +50,8 @@ class DistillConfig(DatasetConfig):
 
     def _check(self) -> None:
         super()._check()
+        if self.beta != 0.5 and self.loss_type != "gkd":
+            raise ConfigError(f"--beta {self.beta:g} is read by gkd, not by --loss_type {self.loss_type}; drop it")
         if self.loss_type in SAMPLED and self.lmbda < 1:
             raise ConfigError(
                 f"--loss_type {self.loss_type} weighs tokens that the student sampled, --lmbda {self.lmbda:g} would "

@@ -11,7 +11,7 @@ from fastrl.train.flags import ConfigError, flag
 AGAINST_REFERENCE = (
     "sigmoid", "dpo", "dpo_nll", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
     "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "r_dpo", "sampo", "d2po", "gpo", "chi_po",
-    "dpop", "dpo_shift", "minor_dpo", "cal_dpo", "vpo", "spin", "ipo_md", "dil", "beta_dpo", "alpha_dpo", "dr_dpo",
+    "dpop", "dpo_shift", "minor_dpo", "cal_dpo", "vpo", "spin", "ipo_md", "dil", "alpha_dpo", "dr_dpo",
 )  # fmt: skip
 WITHOUT_REFERENCE = ("sft", "simpo", "alphapo", "cpo", "orpo", "slic", "simper")
 WITH_SCORES = ("odpo", "mmpo", "rdo")  # read the columns score_chosen and score_rejected
@@ -40,6 +40,13 @@ class ReferenceConfig(DatasetConfig):
 
     def _check(self) -> None:
         super()._check()
+        self._check_sync()
+
+    def _check_sync(self) -> None:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            value = getattr(self, name)
+            if not self.sync_ref_model and value != self.__dataclass_fields__[name].default:
+                raise ConfigError(f"--{name} {value:g} is read with --sync_ref_model true alone; give that, or drop it")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError(
                 "--sync_ref_model moves the reference and --precompute_ref_log_probs scores with it once; give one"
@@ -61,10 +68,15 @@ class DPOConfig(ReferenceConfig):
         "score_chosen and score_rejected.",
         choices=(*AGAINST_REFERENCE, *WITHOUT_REFERENCE, *WITH_SCORES),
     )
+    beta: float | None = flag(
+        None, "Strength of the tie to the reference model; the scale of the margin. none: the loss's own, which is 0.1 "
+        "but for slic 1, alpha_dpo 2.5, and simpo and alphapo 2 (TRL's simpo: 0.1).", above=0,
+    )  # fmt: skip
     loss_weights: list[float] | None = flag(None, "One weight for each loss_type; none means 1 each.")
-    label_smoothing: float = flag(
-        0.0, "Assumed part of flipped labels; for sigmoid too (cDPO), which TRL leaves as it is.", at_least=0, below=0.5
-    )
+    label_smoothing: float | None = flag(
+        None, "Assumed part of flipped labels; for sigmoid too (cDPO), which TRL leaves as it is. none: the loss's "
+        "own, which is 0 but for robust 0.1 and exo_pair 1e-3.", at_least=0, below=0.5,
+    )  # fmt: skip
     reference_free: bool = flag(False, "Take the reference's log-probs as 0; no reference model is loaded.")
     f_divergence_type: str = flag("reverse_kl", "Divergence that ties to the reference.", choices=F_DIVERGENCES)
     f_alpha_divergence_coef: float = flag(0.5, "alpha of alpha_divergence.")
@@ -96,7 +108,13 @@ class DPOConfig(ReferenceConfig):
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             n, m = len(self.loss_weights), len(self.loss_type)
             raise ConfigError(f"--loss_weights has {n} numbers for {m} of --loss_type; give one for each")
-        if "exo_pair" in self.loss_type and not self.label_smoothing:
+        alpha = self.f_alpha_divergence_coef
+        if alpha != 0.5 and self.f_divergence_type != "alpha_divergence":
+            raise ConfigError(
+                f"--f_alpha_divergence_coef {alpha:g} changes nothing in --f_divergence_type {self.f_divergence_type}; "
+                "use --f_divergence_type alpha_divergence, or drop it"
+            )
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
             raise ConfigError("--loss_type exo_pair needs --label_smoothing above 0; its paper has 1e-3")
 
     def losses(self) -> tuple[list[str], list[float] | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from fastrl.train.configs.online import OnlineConfig
@@ -50,13 +50,15 @@ class GRPOConfig(OnlineConfig):
     loss_options: list[str] = flag([], "Further numbers of the objective, name=value; `fastrl losses NAME` lists them.")
     beta: float = flag(0.0, "Weight of the KL to the starting model; 0 needs no reference model.", at_least=0)
     kl_estimator: str = flag(
-        "k3", "Estimator of that KL; k1 in a loss is noise; full: no estimate, KL of the whole vocabulary.",
+        "is_k3", "Estimator of that KL; k1 in a loss is noise; full: no estimate, KL of the whole vocabulary.",
         choices=(*KINDS, FULL),
     )  # fmt: skip
-    use_bias_correction_kl: bool = flag(False, "The KL weighted by the ratio: kl_estimator is_k3 (DeepSeek-V3.2).")
+    use_bias_correction_kl: bool | None = flag(
+        None, "TRL's name: true is kl_estimator is_k3, weighted by the ratio (DeepSeek-V3.2); false is k3."
+    )
     epsilon: float | None = flag(
-        None, "The ratio is clipped below 1 - epsilon (and above 1 + epsilon_high). none: 0.2; gspo, luspo and gmpo "
-        "have their papers' ranges.", above=0
+        None, "The ratio is clipped below 1 - epsilon (and above 1 + epsilon_high). none: 0.2; gspo, luspo, gmpo and "
+        "vapo have their papers' ranges.", above=0
     )  # fmt: skip
     epsilon_high: float | None = flag(
         None, "Upper clip; none means epsilon. DAPO recommends 0.28. cispo: the largest ratio itself; none: 5.", above=0
@@ -68,7 +70,9 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_pos: float = flag(3.0, "vespo: its decay there.", above=0)
     vespo_k_neg: float = flag(3.0, "vespo: power where the advantage is negative.", at_least=0)
     vespo_lambda_neg: float = flag(2.0, "vespo: its decay there.", above=0)
-    entropy_coef: float = flag(0.0, "Weight of the entropy bonus, with its true gradient.")
+    entropy_coef: float = flag(
+        0.0, "Weight of the entropy bonus, with its true gradient: the mean over tokens, of every loss_type."
+    )
     use_adaptive_entropy: bool = flag(False, "Move entropy_coef by a step's entropy: up below the target, down above.")
     entropy_target: float = flag(0.2, "Nats a token to hold; the bonus rests while entropy is above.", at_least=0)
     entropy_coef_delta: float = flag(0.005, "How far entropy_coef moves in a step.", at_least=0)
@@ -106,8 +110,10 @@ class GRPOConfig(OnlineConfig):
                 f"--importance_sampling_level {self.importance_sampling_level} with --loss_type {self.loss_type} would "
                 f"mix the ratio of sequences with another average; it goes with {', '.join(levels)}"
             )
-        if self.use_bias_correction_kl and self.kl_estimator not in ("k3", "is_k3"):
-            raise ConfigError(f"--use_bias_correction_kl means is_k3; drop --kl_estimator {self.kl_estimator}")
+        if (corrected := self.use_bias_correction_kl) is not None and self.kl_estimator not in ("k3", "is_k3"):
+            shown = f"--use_bias_correction_kl {str(corrected).lower()} means {self.estimator}"
+            raise ConfigError(f"{shown}; drop it, or --kl_estimator {self.kl_estimator}")
+        self._check_unread()
         if self.entropy_coef_min > self.entropy_coef_max:
             bounds = f"{self.entropy_coef_min:g} --entropy_coef_max {self.entropy_coef_max:g}"
             raise ConfigError(f"--entropy_coef_min {bounds}: the first must not be above the second")
@@ -120,6 +126,20 @@ class GRPOConfig(OnlineConfig):
         if self.advantage_estimator is not None and self.scale_rewards != "group":
             given = f"--scale_rewards {self.scale_rewards}"
             raise ConfigError(f"{given} and --advantage_estimator both say how advantages are scaled; drop one of them")
+
+    def _check_unread(self) -> None:
+        """Raises ConfigError for flags that were changed and that nothing would read."""
+        readers = {"sapo_": self.loss_type == "sapo", "vespo_": self.loss_type == "vespo"}
+        readers |= {name: self.use_adaptive_entropy for name in ("entropy_target", "entropy_coef_")}
+        readers |= {name: self.loss_type != "a2po" for name in ("advantage_estimator", "scale_rewards")}
+        unread = tuple(name for name, read in readers.items() if not read)
+        for f in fields(self):
+            if getattr(self, f.name) == f.default or not f.name.startswith(unread):
+                continue
+            without = f"--loss_type {self.loss_type}"
+            if f.name.startswith("entropy_"):
+                without = "no --use_adaptive_entropy"
+            raise ConfigError(f"--{f.name} {getattr(self, f.name)} has no meaning with {without}; drop it")
 
     def _taken(self) -> tuple[str, ...]:
         if self.loss_type in (*CLIPPED, "ppo_two_sided"):
@@ -136,10 +156,9 @@ class GRPOConfig(OnlineConfig):
     @property
     def numbers(self) -> dict[str, Any]:
         """What the flags give the objective, by the names of its own options."""
-        kl = "is_k3" if self.use_bias_correction_kl else self.kl_estimator
-        made = {"kl_coef": self.beta, "kl": kl, "entropy_coef": self.entropy_coef}
-        if kl == FULL:
-            made |= {"kl_coef": 0.0, "kl": "k3"}  # it is a term of its own
+        made = {"entropy_coef": self.entropy_coef}
+        if self.beta and not self.full_kl:  # full is a term of its own
+            made |= {"kl_coef": self.beta, "kl": self.estimator}
         made["top_entropy"] = self.top_entropy_quantile
         if self.loss_type in CLIPPED and self.importance_sampling_level == "token":
             made |= {"clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.delta}
@@ -159,11 +178,19 @@ class GRPOConfig(OnlineConfig):
         return made | named_values(self.loss_options)
 
     @property
+    def estimator(self) -> str:
+        """Of the KL to the reference."""
+        corrected = self.use_bias_correction_kl
+        return self.kl_estimator if corrected is None else "is_k3" if corrected else "k3"
+
+    @property
     def clip_low(self) -> float:
         return 0.2 if self.epsilon is None else self.epsilon
 
     @property
     def clip_high(self) -> float:
+        if self.loss_type == "vapo" and self.epsilon is None and self.epsilon_high is None:
+            return 0.28  # its own
         return self.clip_low if self.epsilon_high is None else self.epsilon_high
 
     # -- what it needs -------------------------------------------------------------------------------------------------

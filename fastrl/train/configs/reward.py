@@ -50,6 +50,10 @@ class RewardConfig(DatasetConfig):
             raise ConfigError(
                 f"--label_smoothing {self.label_smoothing:g} has no effect with --loss_type {self.loss_type}; drop it"
             )
+        if self.r3m_lambda != 0.1 and self.loss_type != "r3m":
+            raise ConfigError(
+                f"--r3m_lambda {self.r3m_lambda:g} has no effect with --loss_type {self.loss_type}; drop it"
+            )
         if self.center_rewards_coefficient and self.loss_type in ANSWER_LOSSES:
             raise ConfigError(
                 f"--center_rewards_coefficient centres pairs, and --loss_type {self.loss_type} has none; drop it"

@@ -16,6 +16,17 @@ SIGNALS = {
     "rwr": ("reward", "reward"),
     "awr": ("advantage", "advantage"),
 }
+READ_BY = {  # flag -> the losses that read it
+    "z_loss": ("z_loss",),
+    "focal_gamma": ("focal",),
+    "entropy_coef": ("confidence_penalty",),
+    "eos_weight": ("eos_weighted",),
+    "normalise_weights": ("weighted_sft",),
+    "unlikelihood_alpha": ("unlikelihood",),
+    "negative_weight": ("c_rlft",),
+    "tau": ("rwr", "awr"),
+    "max_weight": ("awr",),
+}
 LOSSES = ("nll", "dft", "label_smoothing", "z_loss", "focal", "confidence_penalty", "eos_weighted", *SIGNALS)
 
 
@@ -58,3 +69,14 @@ class SFTConfig(DatasetConfig):
         if self.signal_column is not None and self.loss_type not in SIGNALS:
             known = ", ".join(SIGNALS)
             raise ConfigError(f"--signal_column is read by {known}, not by --loss_type {self.loss_type}; drop it")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name, readers in READ_BY.items():
+            value = getattr(self, name)
+            if self.loss_type not in readers and value != self.__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"--{name} {value} is read by {' and '.join(readers)}, not by --loss_type {self.loss_type}; drop it"
+                )
+        if self.loss_type == "eos_weighted" and self.eos_weight == 1:
+            raise ConfigError("--loss_type eos_weighted with --eos_weight 1 is plain nll; give another, such as 2")

@@ -96,7 +96,7 @@ class DistillStage(DatasetStage):
     def write(self, samples: list[Sample], writer: str, log: MetricsLogger) -> list[Sample]:
         """The same prompts with completions that the writer samples."""
         prompts = [s.input_ids[: s.prompt_length] for s in samples]
-        with log.timing("gen"):
+        with log.timing("gen"), self.how.context(self.setting.device):
             made = [c for [c] in self.writers[writer].generate(prompts, self.sampling)]
         log.add_mean(completion_metrics(made, self.config.max_new_tokens))
         return [Sample.from_parts(p, c.ids) for p, c in zip(prompts, made, strict=True)]

@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "cpo_alpha": ("nll_coef", ("cpo", "orpo", "dpo_nll")),
     "alpha": ("alpha", ("alphapo",)),
 }
+UNREAD = {"beta": ("simper", "dil")}  # flag -> losses that inherit the option and whose law does not read it
 
 
 class DPOStage(ReferenceStage):
@@ -42,15 +43,20 @@ class DPOStage(ReferenceStage):
 
 
 def objective_of(config: DPOConfig) -> Objective:
-    """The weighted sum of the losses. Raises ConfigError for a flag that was changed and that none of them has."""
+    """The weighted sum of the losses; a flag that is none leaves each its own number.
+
+    Raises ConfigError for a flag that was changed and that none of them reads.
+    """
     names, weights = config.losses()
     terms, taken = [], set()
     for name in names:
         flags = flags_of(name)
         taken |= flags.keys()
-        terms.append(losses.get(name, **{option: getattr(config, flag) for flag, option in flags.items()}))
+        numbers = {option: getattr(config, flag) for flag, option in flags.items()}
+        terms.append(losses.get(name, **{option: x for option, x in numbers.items() if x is not None}))
     for flag in OPTIONS:
-        if flag not in taken and getattr(config, flag) != config.__dataclass_fields__[flag].default:
+        off = flag == "label_smoothing" and not config.label_smoothing  # 0 is what the others do
+        if flag not in taken and not off and getattr(config, flag) != config.__dataclass_fields__[flag].default:
             raise ConfigError(f"--{flag} {getattr(config, flag)} changes nothing in {', '.join(names)}; drop it")
     if weights is None and len(terms) == 1:
         return terms[0]
@@ -60,7 +66,11 @@ def objective_of(config: DPOConfig) -> Objective:
 def flags_of(name: str) -> dict[str, str]:
     """flag -> option of this loss."""
     known = {f.name for f in dataclasses.fields(losses.law(name))}
-    return {flag: option for flag, (option, of) in OPTIONS.items() if option in known and (of is None or name in of)}
+    return {
+        flag: option
+        for flag, (option, of) in OPTIONS.items()
+        if option in known and (of is None or name in of) and name not in UNREAD.get(flag, ())
+    }
 
 
 def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> DPOStage:
@@ -69,13 +79,17 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) ->
             return []
         limits = limits_of(setting.config, setting.model)
         flat = noted(notes, split, encode_dpo(rows, setting.tokenizer, limits))
+        check_scores(setting.config, flat, rows.name)
         return list(zip(flat[0::2], flat[1::2], strict=True))
 
-    pairs = encode(train, "train")
-    unscored = [name for name in setting.config.loss_type if name in WITH_SCORES]
-    if unscored and "reward" not in pairs[0][0].fields:
+    return DPOStage(setting, encode(train, "train"), encode(test, "test"))
+
+
+def check_scores(config: DPOConfig, samples: list[Sample], where: str) -> None:
+    """Raises DataError where a loss reads the scores of the answers and the rows of this split have none."""
+    reading = [name for name in config.loss_type if name in WITH_SCORES]
+    if reading and not all("reward" in sample.fields for sample in samples):
         raise DataError(
-            f"--loss_type {unscored[0]} reads how much better the chosen is; give {train.name} the number columns "
+            f"--loss_type {reading[0]} reads how much better the chosen is; give {where} the number columns "
             "score_chosen and score_rejected"
         )
-    return DPOStage(setting, pairs, encode(test, "test"))

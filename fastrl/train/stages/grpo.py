@@ -24,7 +24,7 @@ from fastrl.train.flags import ConfigError
 from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import Setting, give_logprobs, noted, teacher_of
-from fastrl.train.stages.grpo_metrics import completion_metrics, mismatch_metrics, reward_metrics
+from fastrl.train.stages.grpo_metrics import completion_metrics, known_values, mismatch_metrics, reward_metrics
 from fastrl.train.stages.grpo_objective import objective_of, policy_of, reads_rollout, with_entropy
 from fastrl.train.step import Forward, MicroBatch, plan
 
@@ -55,10 +55,13 @@ class GRPOStage:
         self.sampling = Sampling(config.max_completion_length, config.temperature, logprobs=asked)
         self.prompts_at_once = config.completions_per_generation // config.num_generations
         self.order = IndexSampler(len(prompts), config.seed)
-        self.steps_per_epoch = self.order.batches_per_epoch(self.prompts_at_once) * config.updates_per_generation
+        whole, rest = divmod(len(prompts), self.prompts_at_once)
+        last = -(-rest // config.prompts_per_step) * config.num_iterations  # what is left of a pass fills fewer steps
+        self.steps_per_epoch = whole * config.updates_per_generation + last
         self.pending: list[list[Sample]] = []  # optimizer steps sampled and not yet trained
         self.entropy = entropy_controller(config)
         self.entropy_seen: list[Tensor] = []  # of the micro-batches of the last step
+        self.blind = False  # whether that step had no trained token, and so no entropy
 
     def watch(self, out: LossOutput, log: MetricsLogger) -> None:
         """After each micro-batch's backward."""
@@ -69,22 +72,28 @@ class GRPOStage:
         """Set the bonus of the coming step by the entropy of the last."""
         if self.entropy is None:
             return
-        if self.entropy_seen:
-            self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
-        self.entropy_seen = []
+        self.settle_entropy()
         log.add_mean({"entropy_coef": self.entropy.coef})
         self.objective = with_entropy(self.objective, self.entropy.active)
+
+    def settle_entropy(self) -> None:
+        """Tell the controller of the step that was trained last, once."""
+        if self.entropy_seen and not self.blind:
+            self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
+        self.entropy_seen = []
 
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
         self.follow_entropy(log)
         if not self.pending:
             self.pending = self.roll_out(log)
-        return plan(self.pending.pop(0), self.config.max_tokens_per_device, self.setting.device)
+        step = self.pending.pop(0)
+        self.blind = not any(s.num_trained for s in step)
+        return plan(step, self.config.max_tokens_per_device, self.setting.device)
 
     def roll_out(self, log: MetricsLogger) -> list[list[Sample]]:
         """Prompts -> completions -> rewards -> advantages: the samples of each optimizer step until the next call."""
         prompts = [self.prompts[i] for i in self.order.take(self.prompts_at_once)]
-        with log.timing("gen"):
+        with log.timing("gen"), self.how.context(self.setting.device):
             made = self.sampler.generate([p.ids for p in prompts], self.sampling, self.config.num_generations)
         samples, scores = self.score(prompts, made, log)
         log.add_mean(completion_metrics([c for group in made for c in group], self.config.max_completion_length))
@@ -94,7 +103,7 @@ class GRPOStage:
             self.give_logprobs(step, log)
         groups = torch.tensor([s.fields["group_id"] for s in samples])
         _, std = group_normalised(scores.total, groups)
-        log.add_mean(reward_metrics(scores, std, groups))
+        log.add_mean(known_values(reward_metrics(scores, std, groups)))
         known = self.known(prompts, samples, scores, log)
         advantages = self.advantages(samples, scores.total, groups, known, log)
         for sample, advantage, reward in zip(samples, advantages.tolist(), scores.total.tolist(), strict=True):
@@ -124,7 +133,7 @@ class GRPOStage:
             "weights": torch.tensor(weights, dtype=torch.float64),
         }
         if getattr(self.config, "advantage_estimator", None) == "remax":
-            with log.timing("gen"):
+            with log.timing("gen"), self.how.context(self.setting.device):
                 greedy = self.sampler.generate(
                     [p.ids for p in prompts], Sampling(self.config.max_completion_length, temperature=0.0), 1
                 )
@@ -182,19 +191,21 @@ class GRPOStage:
         temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
         sampling, n = Sampling(config.max_completion_length, temperature), config.num_generations_eval
         with log.timing("eval"):
-            made = self.sampler.generate([p.ids for p in self.held_out], sampling, n, seed=config.seed)
+            with self.how.context(self.setting.device):
+                made = self.sampler.generate([p.ids for p in self.held_out], sampling, n, seed=config.seed)
             samples, scores = self.score(self.held_out, made, log)
         groups = torch.tensor([s.fields["group_id"] for s in samples])
         _, std = group_normalised(scores.total, groups)
         flat = [c for group in made for c in group]
         values = reward_metrics(scores, std, groups) | completion_metrics(flat, config.max_completion_length)
+        if n == 1:
+            del values["frac_reward_zero_std"]  # a group of one has no spread to speak of
         return {f"eval_{name}": float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict:
         """Data order, and the samples that wait for their optimizer step."""
-        if self.entropy is not None and self.entropy_seen:  # the step that was just trained
-            self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
-            self.entropy_seen = []
+        if self.entropy is not None:
+            self.settle_entropy()
         return {
             "entropy": None if self.entropy is None else self.entropy.state_dict(),
             "order": self.order.state_dict(),
@@ -218,10 +229,17 @@ def check_estimator(config: OnlineConfig) -> None:
     """Raises ConfigError for options that the advantage estimator does not have."""
     if (name := getattr(config, "advantage_estimator", None)) is None:
         return
+    options = named_values(config.advantage_options)
+    k = options.get("k", 4) if name in ("pass_at_k", "pkpo") else 0
+    if isinstance(k, int) and k > config.num_generations:
+        raise ConfigError(
+            f"--advantage_estimator {name} of subsets of k={k} needs groups of as many completions, or trains nothing: "
+            f"raise --num_generations {config.num_generations}, or give a lower --advantage_options k="
+        )
     rewards, columns = torch.arange(config.num_generations).double(), {}
     columns |= {"lengths": torch.ones_like(rewards), "greedy_rewards": rewards, "components": rewards[:, None]}
     try:
-        estimate(name, rewards, rewards.long() * 0, columns=columns, **named_values(config.advantage_options))
+        estimate(name, rewards, rewards.long() * 0, columns=columns, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--advantage_estimator {name}: {error}") from error
 

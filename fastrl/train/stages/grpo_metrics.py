@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,17 @@ from fastrl.rollout import Completion
 
 
 def reward_metrics(scores, group_std: Tensor, groups: Tensor) -> dict[str, float]:
-    """reward, reward_std (mean of the groups' std), share of groups without spread, and each function's mean and std.
+    """reward, reward_std (over all completions), share of groups without spread, and each function's mean and std.
 
-    Completions that no function could score are left out of the means and counted in rewards/unscored.
+    Completions that no function could score are left out of the means and counted in rewards/unscored; the mean of none
+    is NaN.
     """
     total = scores.total.double()
     seen = total[~torch.isnan(total)]
     first = torch.cat([groups.new_ones(1, dtype=torch.bool), groups[1:] != groups[:-1]]) if groups.numel() else groups
     out = {
         "reward": _mean(seen),
-        "reward_std": _mean(group_std[first]),
+        "reward_std": float(seen.std()) if seen.numel() > 1 else 0.0,
         "frac_reward_zero_std": _mean((group_std[first] < 1e-8).double()),
     }
     if seen.numel() < total.numel():
@@ -29,6 +32,11 @@ def reward_metrics(scores, group_std: Tensor, groups: Tensor) -> dict[str, float
         out[f"rewards/{name}/mean"] = _mean(given)
         out[f"rewards/{name}/std"] = float(given.std()) if given.numel() > 1 else 0.0
     return out
+
+
+def known_values(values: dict[str, float]) -> dict[str, float]:
+    """Those that are a number: a step without a score has no say in the mean of an interval."""
+    return {name: x for name, x in values.items() if x == x}
 
 
 def completion_metrics(completions: list[Completion], limit: int) -> dict[str, float]:
@@ -66,4 +74,4 @@ def mismatch_metrics(samples: list[Sample]) -> tuple[dict[str, float], dict[str,
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.double().mean()) if values.numel() else 0.0
+    return float(values.double().mean()) if values.numel() else math.nan

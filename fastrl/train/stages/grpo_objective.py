@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,8 +31,24 @@ class FullKL(ReverseKL):
         return {"kl": stats.divergence}
 
 
+@dataclass(frozen=True)
+class EntropyBonus:
+    """-H of every token, averaged over tokens whatever the policy loss beside it is averaged over."""
+
+    scope: ClassVar[str] = "token"
+    unit: ClassVar[str] = "token"
+    aggregate: ClassVar[str] = "token_mean"
+    outputs: ClassVar[tuple[str, ...]] = ("entropy",)
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, stats: TokenStats, batch: TokenBatch) -> Tensor:  # [T]
+        return -stats.entropy
+
+
 def objective_of(config: GRPOConfig) -> Objective:
-    """The objective that --loss_type names, with the flags as its numbers; of --kl_estimator full the sum with that KL.
+    """The objective that --loss_type names, with the flags as its numbers.
+
+    A sum with the KL of --kl_estimator full, and with the entropy bonus where the policy loss is no mean over tokens.
 
     Raises ConfigError for what does not fit.
     """
@@ -39,10 +56,14 @@ def objective_of(config: GRPOConfig) -> Objective:
         policy = losses.get(config.objective_name, **config.numbers, corrections=corrections_of(config))
     except ValueError as error:
         raise ConfigError(f"--loss_type {config.loss_type}: {error}") from error
-    if not config.full_kl:
-        return policy
-    kl = FullKL(aggregate=policy.aggregate, max_length=getattr(policy, "max_length", None))
-    return losses.Sum(((1.0, policy), (config.beta, kl)))
+    beside = []
+    if config.full_kl:
+        kl = FullKL(aggregate=policy.aggregate, max_length=getattr(policy, "max_length", None))
+        beside.append((config.beta, kl))
+    if policy.aggregate != "token_mean" and (policy.entropy_coef or config.use_adaptive_entropy):
+        beside.append((policy.entropy_coef, EntropyBonus()))
+        policy = dataclasses.replace(policy, entropy_coef=0.0)
+    return losses.Sum(((1.0, policy), *beside)) if beside else policy
 
 
 def corrections_of(config: OnlineConfig) -> tuple[Correction, ...]:
@@ -63,9 +84,11 @@ def policy_of(objective: Objective) -> PolicyLoss:
 
 def with_entropy(objective: Objective, coef: float) -> Objective:
     """The same with another weight of the entropy bonus."""
-    policy = dataclasses.replace(policy_of(objective), entropy_coef=coef)
     if not isinstance(objective, losses.Sum):
-        return policy
+        return dataclasses.replace(objective, entropy_coef=coef)
+    if any(isinstance(o, EntropyBonus) for _, o in objective.terms):
+        return losses.Sum(tuple((coef if isinstance(o, EntropyBonus) else w, o) for w, o in objective.terms))
+    policy = dataclasses.replace(policy_of(objective), entropy_coef=coef)
     return losses.Sum(((1.0, policy), *objective.terms[1:]))
 
 

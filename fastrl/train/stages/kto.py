@@ -36,7 +36,12 @@ class KTOStage(ReferenceStage):
         return super().prepare(samples, log)
 
     def mismatched_kl(self, samples: list[Sample], log: MetricsLogger) -> list[float]:
-        """log pi / ref of every prompt with the answer before it; NaN where none of that answer fits the limit."""
+        """log pi / ref of every prompt with the answer before it; NaN where it has no token within the limit.
+
+        A single answer has no other before it: NaN, so that the step's z is 0.
+        """
+        if len(samples) < 2:
+            return [math.nan] * len(samples)
         setting, longest = self.setting, limits_of(self.setting.config, self.setting.model).longest
         others = [mismatched(a, b, longest) for a, b in zip(samples, samples[-1:] + samples[:-1], strict=True)]
         micros = plan(others, setting.config.max_tokens_per_device, setting.device)

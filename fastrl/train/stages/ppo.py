@@ -24,7 +24,7 @@ from fastrl.train.config import PPOConfig
 from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import Setting, give_logprobs, noted
-from fastrl.train.stages.grpo_metrics import completion_metrics
+from fastrl.train.stages.grpo_metrics import completion_metrics, known_values
 from fastrl.train.step import Forward, MicroBatch, attach, plan
 
 
@@ -40,8 +40,9 @@ class PPOStage:
         self.how = Forward(config.temperature, ("entropy",), setting.autocast, config.debug_checks)
         self.sampling = Sampling(config.max_completion_length, config.temperature)
         self.order = IndexSampler(len(prompts), config.seed)
-        updates = config.num_ppo_epochs * config.num_mini_batches
-        self.steps_per_epoch = self.order.batches_per_epoch(config.completions_per_generation) * updates
+        whole, rest = divmod(len(prompts), config.completions_per_generation)
+        in_a_pass = whole * config.num_mini_batches - (-rest // config.batch_size)  # what is left fills fewer steps
+        self.steps_per_epoch = in_a_pass * config.num_ppo_epochs
         self.pending: list[list[Sample]] = []  # optimizer steps sampled and not yet trained
 
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
@@ -52,7 +53,7 @@ class PPOStage:
     def roll_out(self, log: MetricsLogger) -> list[list[Sample]]:
         """Prompts -> completions -> rewards -> advantages and returns: the samples of each optimizer step to come."""
         prompts = [self.prompts[i] for i in self.order.take(self.config.completions_per_generation)]
-        with log.timing("gen"):
+        with log.timing("gen"), self.how.context(self.setting.device):
             made = [group[0] for group in self.sampler.generate([p.ids for p in prompts], self.sampling, 1)]
         scores, total = self.score(prompts, made, log)
         samples = [sample_of(p, c, r) for p, c, r in zip(prompts, made, total.tolist(), strict=True)]
@@ -62,7 +63,7 @@ class PPOStage:
             self.give_statistics(step, log)
         self.give_advantages(samples, total, log)
         log.add_mean(completion_metrics(made, self.config.max_completion_length))
-        log.add_mean(reward_means(scores))
+        log.add_mean(known_values(reward_means(scores)))
         for _ in range(1, self.config.num_ppo_epochs):
             order = torch.randperm(len(samples)).tolist()
             steps += [[samples[i] for i in order[a : a + size]] for a in range(0, len(samples), size)]
@@ -119,7 +120,7 @@ class PPOStage:
         advantages, returns = gae(rewards, values, cu_seqlens, **how)
         if config.whiten_advantages:
             advantages = whitened(advantages)
-        log.add_mean(objective_metrics(total, kl, old, cu_seqlens, config.kl_coef))
+        log.add_mean(known_values(objective_metrics(total, kl, old, cu_seqlens, config.kl_coef)))
         log.add_mean({"val/explained_variance": explained_variance(values, returns)})
         bounds = cu_seqlens.tolist()
         for sample, a, b in zip(samples, bounds, bounds[1:], strict=False):
@@ -136,11 +137,12 @@ class PPOStage:
         temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
         sampling = Sampling(config.max_completion_length, temperature)
         with log.timing("eval"):
-            made = self.sampler.generate([p.ids for p in self.held_out], sampling, 1, seed=config.seed)
+            with self.how.context(self.setting.device):
+                made = self.sampler.generate([p.ids for p in self.held_out], sampling, 1, seed=config.seed)
             made = [group[0] for group in made]
             scores, total = self.score(self.held_out, made, log)
         values = reward_means(scores) | completion_metrics(made, config.max_completion_length)
-        values["objective/scores"] = float(total.nanmean()) if bool((~total.isnan()).any()) else 0.0
+        values["objective/scores"] = float(total.nanmean())
         return {f"eval_{name}": float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict:
@@ -170,7 +172,7 @@ def reward_means(scores: Scores) -> dict[str, float]:
     for name, values in {"": scores.total, **scores.by_function}.items():
         seen = values[~values.isnan()].double()
         key = f"rewards/{name}/mean" if name else "reward"
-        out[key] = float(seen.mean()) if seen.numel() else 0.0
+        out[key] = float(seen.mean())  # NaN of none
         if name:
             out[f"rewards/{name}/std"] = float(seen.std()) if seen.numel() > 1 else 0.0
     return out
@@ -180,7 +182,7 @@ def objective_metrics(total: Tensor, kl: Tensor, old: Tensor, cu_seqlens: Tensor
     """TRL's objective/*: sums over a completion, means over completions."""
     count = max(1, cu_seqlens.shape[0] - 1)
     seen = total[~total.isnan()].double()
-    scores = seen.mean() if seen.numel() else torch.zeros(())
+    scores = seen.mean()  # NaN of none
     non_score = -beta * kl.sum() / count
     return {
         "objective/kl": kl.sum() / count,
@@ -201,10 +203,15 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 # -- building ----------------------------------------------------------------------------------------------------------
 def load_model(config: PPOConfig, path: str, options: dict[str, Any]) -> ActorCritic:
-    """The policy, and its critic: saved beside it, or from --value_model_path, the reward model, the policy's body."""
+    """The policy, and its critic: of --value_model_path, else saved beside it, else the reward model or its own body.
+
+    A checkpoint's own critic comes before --value_model_path: the run that it continues started from that.
+    """
     actor = load_causal_lm(path, **options)
     beside = Path(path) / CRITIC
-    start = str(beside) if beside.is_dir() else config.value_model_path or config.reward_model_path or path
+    asked = config.value_model_path if path == config.model_name_or_path else None
+    saved = str(beside) if beside.is_dir() else None
+    start = asked or saved or config.value_model_path or config.reward_model_path or path
     critic = load_reward_model(start, **{**options, "revision": options["revision"] if start == path else "main"})
     rows, words = critic.model.get_input_embeddings().weight.shape[0], len(options["tokenizer"])
     if words > rows:

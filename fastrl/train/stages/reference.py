@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fastrl.data.types import Sample
@@ -17,7 +19,7 @@ class ReferenceStage(DatasetStage):
     def __init__(self, setting: Setting, items: list[list[Sample]], held_out: list[list[Sample]]):
         super().__init__(setting, items, held_out)
         self.steps = self.synced = 0
-        self.how = Forward(1.0, (), setting.autocast, setting.config.debug_checks)
+        self.how = Forward(1.0, ("entropy",), setting.autocast, setting.config.debug_checks)
 
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
         self.follow()
@@ -38,10 +40,11 @@ class ReferenceStage(DatasetStage):
 
     def precompute(self) -> None:
         """Attach the reference's log-probs to every sample and let the reference go."""
+        plain = dataclasses.replace(self.how, outputs=())
         for split in (self.items, self.held_out):
             samples = [sample for item in split for sample in item]
             for micro in plan(samples, self.setting.config.max_tokens_per_device, self.setting.device, self.unit):
-                attach(micro, "ref_logprobs", score(self.setting.reference, micro, self.how).logprobs)
+                attach(micro, "ref_logprobs", score(self.setting.reference, micro, plain).logprobs)
         self.setting.reference = None
 
     def state_dict(self) -> dict:

@@ -37,7 +37,7 @@ class RLOOStage(grpo.GRPOStage):
             rewards = rewards.clamp(*config.reward_clip_range)
         if config.beta:
             kl = torch.tensor([log_ratio(s) for s in samples], dtype=torch.float64)
-            log.add_mean({"kl": kl.mean()})
+            log.add_mean({"kl": kl.sum() / max(1, sum(s.num_trained for s in samples))})  # of a token, as TRL's
             rewards = rewards - config.beta * kl
         return estimate("rloo", rewards, groups, normalise=config.normalize_advantages)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 from fastrl import losses
@@ -10,12 +11,15 @@ from fastrl.data.types import DataError, Sample, excerpt
 from fastrl.objective import Objective
 from fastrl.train.config import SFTConfig
 from fastrl.train.configs.sft import SIGNALS
+from fastrl.train.flags import ConfigError
 from fastrl.train.stages.base import DatasetStage, Setting, limits_of, noted
 from fastrl.train.step import Forward
 
 
 def objective_of(config: SFTConfig, eos_id: int | None) -> Objective:
-    """The objective that --loss_type names, with the flags as its numbers."""
+    """The objective that --loss_type names, with the flags as its numbers. Raises ConfigError without an end token."""
+    if config.loss_type == "eos_weighted" and eos_id is None:
+        raise ConfigError("--loss_type eos_weighted weighs the tokenizer's eos_token, and this tokenizer has none")
     if config.label_smoothing_factor:
         return losses.get("label_smoothing", label_smoothing=config.label_smoothing_factor)
     numbers = {
@@ -42,7 +46,7 @@ class SFTStage(DatasetStage):
 
 
 def attach_signal(samples: list[Sample], rows: Rows, config: SFTConfig) -> list[Sample]:
-    """Give each sample the number that the loss reads of its row. Raises DataError naming the row without one."""
+    """Give each sample the number that the loss reads of its row. Raises DataError naming a row whose is no good."""
     if config.loss_type not in SIGNALS:
         return samples
     name, column = SIGNALS[config.loss_type]
@@ -50,13 +54,21 @@ def attach_signal(samples: list[Sample], rows: Rows, config: SFTConfig) -> list[
     for sample in samples:
         row = sample.fields["row"]
         value = rows[row].get(column)
-        if not isinstance(value, (bool, Real)):
+        if not signal_fits(name, value):
+            kind = "true or false (1 or 0)" if name == "label" else "a finite number"
             raise DataError(
-                f"{rows.where(row)}: --loss_type {config.loss_type} reads the column {column!r}, a number or bool, and "
+                f"{rows.where(row)}: --loss_type {config.loss_type} reads the column {column!r}, {kind}, and "
                 f"found {excerpt(value)}; add it, or name another one with --signal_column"
             )
         sample.fields[name] = bool(value) if name == "label" else float(value)
     return samples
+
+
+def signal_fits(name: str, value: object) -> bool:
+    """Whether a row's value can be the sample's field `name`: a label is true or false, any other a finite number."""
+    if not isinstance(value, Real):
+        return False
+    return value in (0, 1) if name == "label" else math.isfinite(value)
 
 
 def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) -> SFTStage:
