@@ -31,6 +31,7 @@ CUTS = {
     "batch": {0: [[0, 1, 2, 3, 4, 5]], 1: [[6, 7, 8, 9, 10, 11]]},  # pairs and groups alike
 }
 CUTS["sequence"] = CUTS["token"]
+WHOLE = {"sft": "pair", "a2po": "group"}  # a wider unit than the scope lies on one rank whole
 OPTIONS = {"dr_grpo": {"max_length": 11}}
 COLUMN = re.compile(r"batch\.(per_token|per_sequence)\['(\w+)'\]")
 
@@ -117,7 +118,7 @@ def verdict(name: str) -> str:
     """Empty, or what is wrong."""
     w, teacher = complete(name)
     loss, grads = alone(name, w, teacher)
-    scope = "pair" if name == "sft" else losses.get(name, **OPTIONS.get(name, {})).scope
+    scope = WHOLE.get(name) or losses.get(name, **OPTIONS.get(name, {})).scope
     other, theirs = shared(name, w, teacher, CUTS[scope])
     assert loss.isfinite() and any(g.any() for g in grads), "the case shows nothing"
     assert_same("loss", other, loss, 1e-9)
