@@ -26,6 +26,8 @@ PACKAGES = [
     "fastrl.rollout",
     "fastrl.train",
     "fastrl.train.configs",
+    "fastrl.train.optim",
+    "fastrl.train.plan",
     "fastrl.train.stages",
 ]
 

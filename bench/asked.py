@@ -83,6 +83,36 @@ GPU = tuple(
 ) + (Asked("wide", "clipped loss: memory beyond the gradients", "wide", "head", "memory", 1.1 * 1024),)
 
 
+@dataclass(frozen=True)
+class AskedOfStep:
+    """One line of an optimizer step against TRL's. field: of a stage's result in bench/trainer_vs_trl.py."""
+
+    text: str
+    stage: str
+    field: str
+    limit: float
+    least: bool = False
+
+    def read(self, stages: dict[str, dict[str, Any]]) -> float | None:
+        return stages.get(self.stage, {}).get(self.field)
+
+    def row(self, value: float | None) -> dict[str, Any]:
+        """As it stands in a record; held is None where nothing was measured."""
+        good = None if value is None else value >= self.limit if self.least else value <= self.limit
+        sign = ">=" if self.least else "<="
+        return {"line": self.text, "asked": f"{sign} {self.limit:g}", "measured": value, "held": good}
+
+
+TRAINER = tuple(
+    line
+    for stage in ("sft", "dpo")
+    for line in (
+        AskedOfStep(f"{stage.upper()} step: TRL's time over fastrl's", stage, "speedup", 6.0, least=True),
+        AskedOfStep(f"{stage.upper()} step: fastrl's peak over the model, of TRL's", stage, "memory_ratio", 0.20),
+    )
+)
+
+
 def ahead(shape: str, what: str, rival: str) -> Asked:
     """Faster than a rival that offers the same outputs."""
     return Asked(shape, f"{rival} over fastrl: {what}", shape, what, rival, 1.0, least=True)

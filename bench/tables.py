@@ -147,6 +147,54 @@ def drop_in(record: Record, source: str) -> str:
     return f"**`fastrl.integrations.trl.patch(trainer)`**. {made_by(record, source)}\n\n{table(header, rows)}"
 
 
+def memory(record: Record, source: str) -> str:
+    """The sweep over lengths, and what is asked of the step."""
+    rows = []
+    for point in record["points"]:
+        for name, row in point["contenders"].items():
+            if "not_run" in row:
+                rows.append([point["stage"], f"{point['length']:,}", NAMES.get(name, name), row["not_run"], ""])
+                continue
+            peak, speed = mib(row["peak_over_model_mib"]), f"{row['tokens_per_s']:,.0f} tokens/s"
+            rows.append([point["stage"], f"{point['length']:,}", NAMES.get(name, name), peak, speed])
+    parts = [f"**Updates against sequence length.** {made_by(record, source)}"]
+    if record["lines"]:
+        verdicts = {True: "holds", False: "missed", None: ""}
+        asked_rows = [
+            [line["line"], line["asked"], "not measured" if line["measured"] is None else f"{line['measured']:g}",
+             verdicts[line["held"]]] for line in record["lines"]
+        ]  # fmt: skip
+        parts.append(table(["the step", "asked", "measured", ""], asked_rows))
+    if rows:
+        parts.append(table(["stage", "tokens of a sequence", "", "peak over the loaded model", "speed"], rows))
+    return "\n\n".join(parts)
+
+
+def plan_check(record: Record, source: str) -> str:
+    """`fastrl plan` against measured peaks."""
+    rows = [
+        [row["case"], f"{row['tokens']:,}", mib(row["measured_mib"]), mib(row["planned_mib"]),
+         "?" if row["error"] is None else f"{row['error']:+.1%}", row["phase"]] for row in record["cases"]
+    ]  # fmt: skip
+    header = ["run", "tokens of a micro-batch", "measured peak", "planned", "off by", "largest phase"]
+    slope = record.get("kib_a_token")
+    said = f" Slope: {slope['measured']:g} KiB a token measured, {slope['planned']:g} planned." if slope else ""
+    return f"**Plan against measured.**{said} {made_by(record, source)}\n\n{table(header, rows)}"
+
+
+def long_context(record: Record, source: str) -> str:
+    """The longest context under each cap, switch by switch."""
+    rows = []
+    for row in record["rungs"]:
+        reached = f"{row['tokens']:,}" if "tokens" in row else row["not_run"]
+        wanted = "" if row["asked"] is None else f"{row['asked']:,}"
+        verdict = {True: "holds", False: "missed", None: ""}[row.get("held")]
+        planned = f"{row['planned_tokens']:,}" if "planned_tokens" in row else ""
+        rows.append([row["shape"], row["stage"], f"{row['cap']:g} GiB", row["name"], wanted, reached, planned, verdict])
+    header = ["shape", "update", "cap", "switches", "asked", "longest sequence", "planned", ""]
+    return f"**Longest context on one GPU.** {made_by(record, source)}\n\n{table(header, rows)}"
+
+
 def exactness(record: Record, source: str) -> str:
     cuts = {d: max(v for k, v in record["cuts"].items() if k.endswith(d)) for d in ("float64", "float32")}
     gradients = max(record["gradients"].values())
@@ -196,6 +244,16 @@ def each(kinds: dict[str, Callable[[Record, str], str]]) -> Callable[[Found], st
     return make
 
 
+def measured_only(kinds: dict[str, Callable[[Record, str], str]]) -> Callable[[Found], str]:
+    """As `each`, for a page in docs/, of records that are no rehearsals."""
+
+    def make(found: Found) -> str:
+        text = each(kinds)([(source, r) for source, r in found if full(r)])
+        return text.replace("(bench/results/", "(../bench/results/") or "No record yet: not measured."
+
+    return make
+
+
 PAGES: dict[str, dict[str, Callable[[Found], str]]] = {
     "README.md": {
         "quickstart": each({"quickstart": quickstart}),
@@ -205,6 +263,11 @@ PAGES: dict[str, dict[str, Callable[[Found], str]]] = {
         "drop_in": each({"drop_in": drop_in}),
     },
     "docs/benchmarks.md": {"cases": every_case, "losses": each({"losses": loss_costs})},
+    "docs/memory.md": {
+        "plan": measured_only({"plan_check": plan_check}),
+        "sweep": measured_only({"memory": memory}),
+        "context": measured_only({"long_context": long_context}),
+    },
 }
 
 

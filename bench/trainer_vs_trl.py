@@ -46,18 +46,19 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 
 # -- one model, one tokenizer, one set of rows -------------------------------------------------------------------------
-def make_model(path: Path) -> None:
+def make_model(path: Path, **other: int) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    words = [*SPECIAL, *(f"w{i}" for i in range(MODEL["vocab_size"] - len(SPECIAL)))]
+    sizes = {**MODEL, **HEADS, **other}
+    words = [*SPECIAL, *(f"w{i}" for i in range(sizes["vocab_size"] - len(SPECIAL)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
     torch.manual_seed(0)
-    config = Qwen3Config(**MODEL, **HEADS, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = Qwen3Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     Qwen3ForCausalLM(config).save_pretrained(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -31,6 +32,8 @@ fastrl: post-training of language models; logits never formed
                                                                         sampled, scored, against a critic
   fastrl distill --model_name_or_path M --dataset_name D --output_dir O --teacher_model_name_or_path T
                                                                         towards a teacher, on its texts or one's own
+  fastrl plan STAGE --model_name_or_path M [the stage's flags] [--device D] [--devices N] [--fit]
+                                  bytes by phase, what fits, which switch buys most; nothing is loaded
   fastrl quickstart [--short]     a small model learns arithmetic: SFT, then GRPO, with plots
   fastrl losses [NAME]            every loss: paper, formula, scope, cost; one in full
   fastrl doctor                   versions, devices, optional packages
@@ -42,6 +45,7 @@ Flags: --name value, --name=value, or name: value in a YAML file given as --conf
 FASTRL_DEBUG=1 shows tracebacks.
 """
 BAD_INPUT, INTERRUPTED = 2, 130
+NOISY = ("torchao", "torch.utils._pytree")  # they warn of their own libraries while they load: nothing about the run
 
 # Flags of other trainers that have no counterpart here -> what to do instead.
 FOREIGN = {
@@ -59,11 +63,8 @@ FOREIGN = {
     "evaluation_strategy": "use --eval_strategy",
     "torch_dtype": "use --dtype",
     "fp16": "use --bf16, or --dtype float32",
-    "optim": "the optimizer is AdamW; drop it",
     "use_vllm": "sampling is by transformers' generation; drop it",
-    "use_peft": "all weights are trained; adapters are not supported yet",
-    "load_in_4bit": "quantised weights are not supported yet",
-    "load_in_8bit": "quantised weights are not supported yet",
+    "lora_task_type": "it follows the stage; drop it",
     "label_smoothing_factor": "use --label_smoothing (dpo), or `fastrl sft`",
     "push_to_hub": "nothing is uploaded; push output_dir with `hf upload`",
 }
@@ -72,6 +73,8 @@ FOREIGN = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code. 2: what was asked for cannot be done, and the message says why."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return dispatch(argv)
     except KeyboardInterrupt:
@@ -117,17 +120,24 @@ def train(command: str, argv: list[str]) -> int:
         print(f"fastrl {command}: {(cls.__doc__ or '').partition(': ')[2]}\n\n{help_text(cls)}")
         return 0
     config = parse(cls, argv, FOREIGN)
-    from fastrl.train import run
+    from fastrl.train import launch, run
 
+    if (code := launch.start(config, command, argv)) is not None:
+        return code
     result = run(config)
     if getattr(result, "interrupted", False):
         return 128 + 15
-    print(f"{config.output_dir}: {result.steps} steps; loads with from_pretrained", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.output_dir}: {result.steps} steps; loads with from_pretrained", file=sys.stderr)
     return 0
 
 
 def quickstart(argv: list[str]) -> int:
     return importlib.import_module("fastrl.quickstart").main(argv)
+
+
+def plan(argv: list[str]) -> int:
+    return importlib.import_module("fastrl.train.plan.command").main(argv, FOREIGN)
 
 
 def losses(argv: list[str]) -> int:
@@ -161,10 +171,13 @@ OPTIONAL = {
     "tensorboard": "--report_to tensorboard",
     "wandb": "--report_to wandb",
     "trl": "drop-ins for its trainers, fastrl bench",
-    "peft": "adapters, through the drop-ins",
+    "peft": "--use_peft true, and adapters in the drop-ins",
+    "bitsandbytes": "--load_in_4bit true, --load_in_8bit true, --optim adamw_bnb_8bit",
+    "torchao": "--optim adamw_torch_8bit and adamw_torch_4bit",
     "liger-kernel": "fastrl bench",
 }
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "plan": plan,
     "quickstart": quickstart,
     "losses": losses,
     "doctor": doctor,

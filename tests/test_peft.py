@@ -14,9 +14,9 @@ from test_integrations_trainer import train
 from test_integrations_transformers import gradients, inputs
 
 from fastrl.integrations import DeferredLogits, causal_lm_of, deferring, head_of, heads
-from fastrl.integrations import linear as forms
 from fastrl.integrations.transformers import patch, unpatch
 from fastrl.models import UnsupportedModelError
+from fastrl.models import linear as forms
 
 peft = pytest.importorskip("peft")
 

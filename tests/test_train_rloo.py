@@ -254,10 +254,10 @@ def test_the_entropy_bonus_is_a_mean_over_tokens_of_every_loss(place, tmp_path):
 def test_a_step_without_a_trained_token_moves_no_coefficient(place, tmp_path):
     config = config_of(GRPOConfig, place, tmp_path, use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=0.5)
     stage = stage_of(config)[1]
-    stage.entropy_seen, stage.blind = [torch.zeros(())], True
+    stage.entropy_seen, stage.unsettled = [torch.zeros(())], False
     stage.settle_entropy()
     assert stage.entropy.coef == 0.01 and stage.entropy_seen == []
-    stage.entropy_seen, stage.blind = [torch.zeros(())], False
+    stage.entropy_seen, stage.unsettled = [torch.zeros(())], True
     stage.settle_entropy()
     assert stage.entropy.coef == pytest.approx(0.015)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.data.prefix import lay_out
 from fastrl.data.types import Sample
 
 # Sample.fields name -> name in the batch (fastrl.TokenBatch). A number per sequence gives [S], a list per token [R].
@@ -85,7 +86,9 @@ def _level(sizes: list[int], order: list[int], count: int, budget: int) -> list[
     return bins
 
 
-def collate(samples: Sequence[Sample], fields: Iterable[str] = (), device: Any = None) -> dict[str, Any]:
+def collate(
+    samples: Sequence[Sample], fields: Iterable[str] = (), device: Any = None, share: bool = False
+) -> dict[str, Any]:
     """Lay samples end to end, and say which rows of the hidden states predict the trained tokens.
 
     Args:
@@ -93,11 +96,14 @@ def collate(samples: Sequence[Sample], fields: Iterable[str] = (), device: Any =
         fields: names in `Sample.fields` to carry over. A list (one number per trained token) is concatenated to [R], a
             number per sequence gives [S]; "advantage", "label", "reward", "group_id" are renamed to their plural.
         device: where the tensors go.
+        share: neighbours of one group hold the prompt that they begin with once (fastrl.data.prefix).
 
-    Returns a dict, T = all tokens, R = trained tokens:
+    Returns a dict, T = all tokens (a shared one counts once), R = trained tokens:
         input_ids, position_ids  [T] int64; positions restart at 0 in every sequence
-        cu_seqlens               [S+1] int32 boundaries on T;  max_seqlen: int
+        cu_seqlens               [S+1] int32 boundaries on T;  max_seqlen: int. Of segments where prompts are shared
+        layout                   cu_seqlens, or a Layout where prompts are shared: what a PackedModel is to be told
         rows                     [R] int64: hidden[rows[i]] predicts targets[i] (the position before the token)
+        here, ends               [R], [S] int64: where the trained tokens themselves and the last of each sample stand
         targets                  [R] int64
         row_cu_seqlens           [S+1] int32 boundaries on R: what `TokenBatch.cu_seqlens` is
         and one tensor per field: floats as float32 ([S] or [R]), bools as bool, ints as int64.
@@ -110,14 +116,19 @@ def collate(samples: Sequence[Sample], fields: Iterable[str] = (), device: Any =
     ids = torch.tensor(list(chain.from_iterable(s.input_ids for s in samples)), dtype=torch.int64)
     mask = torch.tensor(list(chain.from_iterable(s.completion_mask for s in samples)), dtype=torch.bool)
     ends = lengths.cumsum(0)
-    starts = ends - lengths
+    positions = torch.arange(ids.shape[0]) - torch.repeat_interleave(ends - lengths, lengths)
     trained = mask.nonzero().squeeze(1)
     counts = torch.nn.functional.pad(mask.long().cumsum(0), (1, 0))
+    layout, place = lay_out(samples) if share else (None, torch.arange(ids.shape[0]))
+    bounds = torch.nn.functional.pad(ends, (1, 0)) if layout is None else torch.tensor(layout.bounds)
+    blank = ids.new_zeros(int(bounds[-1]))
     out = {
-        "input_ids": ids,
-        "position_ids": torch.arange(ids.shape[0]) - torch.repeat_interleave(starts, lengths),
-        "cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
-        "rows": trained - 1,  # the model reads token t-1 to predict token t; Sample keeps token 0 untrained
+        "input_ids": blank.index_copy(0, place, ids),  # a shared token is put there once for each sample: the same
+        "position_ids": blank.index_copy(0, place, positions),
+        "cu_seqlens": bounds.to(torch.int32),
+        "rows": place[trained - 1],  # the model reads token t-1 to predict token t; Sample keeps token 0 untrained
+        "here": place[trained],
+        "ends": place[(ends - 1).clamp(min=0)],
         "targets": ids[trained],
         "row_cu_seqlens": counts[torch.nn.functional.pad(ends, (1, 0))].to(torch.int32),
     }
@@ -125,6 +136,8 @@ def collate(samples: Sequence[Sample], fields: Iterable[str] = (), device: Any =
         out[PLURAL.get(name, name)] = _field(samples, name)
     if device is not None:
         out = {name: tensor.to(device, non_blocking=True) for name, tensor in out.items()}
+    shared = layout is not None and max(layout.parents) >= 0
+    out["layout"] = layout if shared else out["cu_seqlens"]
     out["max_seqlen"] = int(lengths.max())
     return out
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.data.prefix import Layout
 from fastrl.models.packed import PackedModel
 from fastrl.models.score import ScoreModel
 from fastrl.objective import LossOutput, Objective
@@ -43,6 +44,11 @@ class ActorCritic(nn.Module):
         known = [n for n in (self.actor.context_length, self.critic.context_length) if n is not None]
         return min(known, default=None)
 
+    @property
+    def shares(self) -> bool:
+        """Whether both read completions that share a prompt."""
+        return self.actor.shares and self.critic.shares
+
     def gradient_checkpointing_enable(self) -> None:
         self.actor.gradient_checkpointing_enable()
         self.critic.gradient_checkpointing_enable()
@@ -50,7 +56,7 @@ class ActorCritic(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens: Tensor | Layout,
         *,
         rows: Tensor | None = None,
         objective: Objective | None = None,

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fastrl.models.exact import Scores, attend_packed
 from fastrl.models.packing import Packing
+from fastrl.models.tree_attention import attend_tree
+from fastrl.models.ulysses import SplitPacking
 
 NAME = "fastrl_packed"
 NAMES = {"sdpa": NAME, "eager": f"{NAME}_eager"}  # transformers' own -> ours over it
@@ -42,7 +44,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    packing: Packing | None = None,
+    packing: Packing | SplitPacking | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -54,9 +56,16 @@ def packed_attention(
         others |= {name: x for name, x in present.items() if x is not None}
         plain = _plain(module)
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    if isinstance(packing, SplitPacking):  # slices of all heads -> all tokens of some heads, and back
+        query, key, value, s_aux = packing.to_heads(query, key, value, s_aux)
+        told = {"packing": packing.whole, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        out, _ = packed_attention(module, query, key, value, attention_mask, dropout, scaling, **told, **others)
+        return packing.to_tokens(out), None
     _refuse_unknown(module, query, key, packing, others)
     packing, window = _visible(module, packing, sliding_window)
     scores = Scores(scaling, window, softcap, s_aux, dropout)
+    if packing.parents is not None:
+        return attend_tree(query, key, value, packing, scores), None
     kernel = _varlen_kernel(query, value, scores)
     if kernel is None:
         return attend_packed(query, key, value, packing, scores), None
@@ -160,7 +169,9 @@ def register() -> str:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+    # A compiler, if there is one, breaks off here: the lists of a packing would make it start anew with every pack.
+    entry = torch.compiler.disable(packed_attention) if "torch._dynamo" in sys.modules else packed_attention
     for plain, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-        AttentionInterface.register(NAMES[plain], packed_attention)
+        AttentionInterface.register(NAMES[plain], entry)
         AttentionMaskInterface.register(NAMES[plain], mask)
     return NAME

@@ -1,18 +1,20 @@
 """A model is believed only after it has been held against transformers: the logits, the packing, the head.
 
-Three questions, on two short random documents. Is the body's output followed by our head what `model(...)` says? Does
-changing one document leave the other as it was? Is a known ramp of raw logits transformed as we think?
+Four questions, on two short random documents. Is the body's output followed by our head what `model(...)` says? Does
+changing one document leave the other as it was? Is a known ramp of raw logits transformed as we think? Does a document
+stay what it is where it shares its beginning with another one?
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastrl.data.prefix import Layout
 from fastrl.models.attention import UnsupportedModelError
 from fastrl.models.packed import PackedModel
 
@@ -79,12 +81,26 @@ def check_parity(packed: PackedModel, reference: Reference | None = None) -> Non
             trouble = _trouble(packed, reference)
     if trouble:
         raise UnsupportedModelError(f"{packed.name} cannot be trained here: {trouble}")
+    check_sharing(packed, reference.documents[1], reference.others[1])
 
 
-def _trouble(packed: PackedModel, reference: Reference) -> str | None:
+def check_sharing(packed: PackedModel, document: Tensor, other: Tensor) -> None:
+    """Hold a document [L] that shares its first half against the same by itself; its sibling has the rest of `other`.
+
+    Where they differ, or it does not run, prompts are not shared, with a note and a warning.
+    """
+    if not packed.shares or document.shape[0] < 2:
+        return
+    with evaluating(packed):
+        trouble = _trouble(packed, (document, other), _sharing_difference)
+    if trouble:
+        packed.use_own_prompts(f"shared prompts change or fail ({trouble})")
+
+
+def _trouble(packed: PackedModel, given, difference: Callable | None = None) -> str | None:
     """What is wrong, in words, or None. Anything that this short run raises counts as wrong."""
     try:
-        return _difference(packed, reference)
+        return (difference or _difference)(packed, given)
     except Exception as error:  # the body takes no such mask, no extra keywords, one sequence only, ...
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
@@ -112,6 +128,27 @@ def _difference(packed: PackedModel, reference: Reference) -> str | None:
     plain = row_error(packed.model(first[None], use_cache=False).logits[0], reference.logits[:length]).median()
     if packed.packed and not plain <= limit:
         return f"plain calls give logits {plain:.1e} (relative) from those before packing"
+    return None
+
+
+def _sharing_difference(packed: PackedModel, given: tuple[Tensor, Tensor]) -> str | None:
+    document, other = given
+    n, half, dtype = document.shape[0], document.shape[0] // 2, packed.head.weight.dtype
+    layout = Layout((0, half, n, 2 * n - half), (-1, 0, 0))
+
+    def hidden(sibling: Tensor) -> Tensor:
+        made = packed.hidden(torch.cat([document[:half], sibling, document[half:]]), layout)
+        return torch.cat([made[:half], made[n:]])
+
+    h, want = hidden(other[half:]), packed.hidden(document, torch.tensor([0, n], dtype=torch.int32))
+    limit = AGREES[dtype] if document.device.type == "cpu" else max(AGREES[dtype], ON_DEVICE.get(dtype, 0.0))
+    error = row_error(h, want)
+    worst = error.max() if dtype in (torch.float32, torch.float64) else error.median()
+    if not worst <= limit:
+        return f"hidden states after a shared prompt are {worst:.1e} (relative) from its own, allowed {limit:.0e}"
+    leak = row_error(hidden(other[half:].flip(0)), h).max()
+    if not leak <= (APART[dtype] if _groups_tokens(packed.model) else 0.0):
+        return f"changing one completion changes hidden states of another by {leak:.1e} (relative)"
     return None
 
 

@@ -1,7 +1,7 @@
 """Causal attention of packed sequences, each by itself: exact on any device, and no [T, T] mask.
 
 Sequences of equal length form one batch. Windows, score caps and sinks are taken in blocks of queries, each against
-only the keys that it can see.
+only the keys that it can see; so are completions that share a prompt, where no kernel does it (tree_attention).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from fastrl.models.packing import Packing
+from fastrl.models.packing import Family, Packing
 
 BLOCK = 512  # queries that share one mask
 
@@ -26,6 +26,11 @@ class Scores:
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """A softmax of scaled products and nothing else."""
+        return self.softcap is None and self.sinks is None
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scores: Scores) -> Tensor:
@@ -49,8 +54,7 @@ def _rows(x: Tensor, order: Tensor | None) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     """Causal attention [n, heads, L, e] of n sequences of equal length."""
     length = q.shape[2]
-    plain = scores.softcap is None and scores.sinks is None
-    if plain and (scores.window is None or length <= scores.window):
+    if scores.plain and (scores.window is None or length <= scores.window):
         gqa = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(
             q, k, v, dropout_p=scores.dropout, is_causal=True, scale=scores.scaling, enable_gqa=gqa
@@ -62,9 +66,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         stop = min(start + BLOCK, length)
         first = 0 if scores.window is None else max(0, start - scores.window + 1)
         seen = _seen(start, stop, first, scores.window, q.device)
-        block = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen
-        made.append(_masked(*block, scores) if plain else _by_hand(*block, scores))
+        made.append(attend_seen(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, scores))
     return torch.cat(made, dim=2)
+
+
+def attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scores: Scores) -> Tensor:
+    """[n, heads, L, e] of L queries and M keys of as many heads; seen: [L, M] bool."""
+    return _masked(q, k, v, seen, scores) if scores.plain else _by_hand(q, k, v, seen, scores)
 
 
 def _seen(start: int, stop: int, first: int, window: int | None, device: torch.device) -> Tensor:
@@ -88,3 +96,60 @@ def _by_hand(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scores: Scores) -> T
         z = torch.cat([z, sink], dim=-1)
     p = torch.softmax(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32)).to(v.dtype)
     return dropout(p[..., : k.shape[2]], scores.dropout) @ v
+
+
+# -- completions that share a prompt -----------------------------------------------------------------------------------
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scores: Scores) -> Tensor:
+    """As attend_packed, of a tree: prompts and lone sequences as a pack, then the completions of each prompt."""
+    kinds = _pieces(packing)
+    sizes = [stop - start for start, stop, _ in kinds]
+    q, k, v = (x.split(sizes, dim=2) for x in (query, key, value))
+    alone = [i for i, (_, _, family) in enumerate(kinds) if family is None]
+    roots = attend_packed(*(torch.cat([x[i] for i in alone], dim=2) for x in (q, k, v)), packing.roots, scores)
+    made = dict(zip(alone, roots.split([sizes[i] for i in alone], dim=1), strict=True))
+    for i, (_, _, family) in enumerate(kinds):
+        if family is not None:
+            own = [b for b in packing.bounds if family.stop <= b < family.end]
+            seen = (k[i - 1], k[i]), (v[i - 1], v[i])
+            made[i] = _completions(q[i], *seen, [b - family.stop for b in own], packing.chunk, scores).transpose(1, 2)
+    return torch.cat([made[i] for i in range(len(kinds))], dim=1)
+
+
+def _pieces(packing: Packing) -> list[tuple[int, int, Family | None]]:
+    """(start, stop, None) of prompts and lone sequences, (start, stop, family) of all completions of a prompt."""
+    after = {family.start: family for family in packing.families}
+    made: list[tuple[int, int, Family | None]] = []
+    for (start, stop), parent in zip(packing.segments(), packing.parents, strict=True):
+        if parent < 0:
+            made.append((start, stop, None))
+            if start in after:
+                made.append((stop, after[start].end, after[start]))
+    return made
+
+
+def _completions(
+    q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], starts: list[int], chunk: int | None, scores: Scores
+) -> Tensor:
+    """[1, heads, C, e] of the completions of one prompt, which begin at `starts`; k, v: the prompt's and their own."""
+    count, before, device = q.shape[2], k[0].shape[2], q.device
+    if q.shape[1] != k[0].shape[1]:
+        k, v = (tuple(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in pair) for pair in (k, v))
+    lengths = torch.tensor([*starts, count]).diff()
+    first = torch.repeat_interleave(torch.tensor(starts), lengths).to(device)  # [C] where its completion begins
+    position = before + torch.arange(count, device=device) - first
+    near = 0 if scores.window is None else max(0, before - scores.window + 1)  # no completion sees further back
+    made = []
+    for a in range(0, count, BLOCK):
+        b = min(a + BLOCK, count)
+        c = max(x for x in starts if x <= a)
+        at = torch.cat([torch.arange(near, before, device=device), position[c:b]])
+        of = torch.cat([first.new_full((before - near,), -1), first[c:b]])
+        back = position[a:b, None] - at
+        seen = ((of == -1) | (of == first[a:b, None])) & (back >= 0)
+        if scores.window is not None:
+            seen &= back < scores.window
+        if chunk is not None:
+            seen &= position[a:b, None] // chunk == at // chunk
+        keys, values = (torch.cat([x[:, :, near:], y[:, :, c:b]], dim=2) for x, y in (k, v))
+        made.append(attend_seen(q[:, :, a:b], keys, values, seen, scores))
+    return torch.cat(made, dim=2)

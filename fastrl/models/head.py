@@ -7,7 +7,7 @@ files do not change and generation works. All reads of the weight happen inside 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class LMHead(nn.Linear):
     The architecture's scale and softcap are applied in both fused forms (transformers applies them itself otherwise).
     """
 
+    takes_objective: ClassVar[bool] = True  # what a head says that takes these keywords
     transform: LogitTransform
 
     @classmethod
@@ -87,18 +88,33 @@ class LMHead(nn.Linear):
     ) -> Tensor | TokenStats | LossOutput:
         if targets is None and objective is None:
             return super().forward(hidden)
-        if (objective is None) != (batch is None):
-            raise ValueError("objective and batch go together; pass both for a loss, or targets alone for log-probs")
         hidden = hidden.to(self.weight.dtype)  # a float32 head over a bfloat16 body, as some architectures have it
-        law = self.transform
-        options = {"logit_scale": law.scale * law.before, "softcap": law.softcap} | options
-        if objective is not None:
-            return fused_loss(objective, hidden, self.weight, batch, self.bias, **options)
-        return linear_logprobs(hidden, self.weight, targets, self.bias, **options)
+        asked = {"targets": targets, "objective": objective, "batch": batch, **options}
+        return fused_head(hidden, self.weight, self.bias, self.transform, **asked)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] logits of final hidden states, formed: for checks on a few rows."""
         return self.transform.after(super().forward(hidden.to(self.weight.dtype) * self.transform.before))
+
+
+def fused_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    law: LogitTransform,
+    *,
+    targets: Tensor | None = None,
+    objective: Objective | None = None,
+    batch: TokenBatch | None = None,
+    **options: Any,
+) -> TokenStats | LossOutput:
+    """The fused operators on hidden [..., K] and weight [V, K], with the architecture's scale and softcap."""
+    if (objective is None) != (batch is None):
+        raise ValueError("objective and batch go together; pass both for a loss, or targets alone for log-probs")
+    options = {"logit_scale": law.scale * law.before, "softcap": law.softcap} | options
+    if objective is not None:
+        return fused_loss(objective, hidden, weight, batch, bias, **options)
+    return linear_logprobs(hidden, weight, targets, bias, **options)
 
 
 def install_head(model: nn.Module) -> LMHead:

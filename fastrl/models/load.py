@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastrl.models.attention import NAMES, UnsupportedModelError
 from fastrl.models.check import check_parity, pack_model
 from fastrl.models.packed import PackedModel
+from fastrl.models.quantised import settle
 
 # The packed one (None), or one of transformers' own by name. A hub path here would fetch a kernel, which is code.
 ATTENTION = (*NAMES.values(), "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -22,14 +24,17 @@ def load_causal_lm(
     *,
     revision: str = "main",
     tokenizer: Any = None,
+    quantisation: dict[str, Any] | None = None,
 ) -> PackedModel:
     """Any transformers causal LM, checked against its own logits on two short packed documents.
 
     Args:
-        path: directory or hub name. dtype: of the weights; None means float32, "auto" the saved one.
+        path: directory or hub name; a directory of PEFT's adapters gives their base with them on it.
+        dtype: of the weights; None means float32, "auto" the saved one.
         attn_implementation: None is the packed one. "flash_attention_2" and _3 are transformers' own, packed too;
             "sdpa", "eager" and "flex_attention" are run one sequence at a time.
         tokenizer: if given, its vocabulary must fit the model's.
+        quantisation: keywords of from_pretrained that quantise the body (fastrl.models.quantised).
 
     Raises: UnsupportedModelError for an architecture that only runs with code of its own, has no linear head, or whose
         logits are not those of its head; ValueError if the directory lacks a model or weights of it, if the tokenizer
@@ -40,6 +45,9 @@ def load_causal_lm(
     if attn_implementation is not None and attn_implementation not in ATTENTION:
         known = ", ".join(ATTENTION)
         raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {known}")
+    if (base := base_of(path)) is not None:
+        how = {"revision": base.revision, "tokenizer": tokenizer, "quantisation": quantisation}
+        return with_adapters(load_causal_lm(base.path, dtype, attn_implementation, **how), path)
     refuse_foreign_code(path, revision)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -53,7 +61,10 @@ def load_causal_lm(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        **(quantisation or {}),
     )
+    if quantisation:
+        settle(model)
     refuse_incomplete(path, found)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model, path)
@@ -69,11 +80,47 @@ def load_reference(path: str | Path, dtype=None, attn_implementation: str | None
     return load_causal_lm(path, dtype, attn_implementation, **options).requires_grad_(False).eval()
 
 
+class Base(NamedTuple):
+    """What adapters were made for: directory or hub name, and its revision."""
+
+    path: str
+    revision: str
+
+
+def base_of(path: str | Path) -> Base | None:
+    """The base of a directory of PEFT's adapters; None for any other place. Needs no PEFT.
+
+    Raises ValueError if the adapters do not say what their base is, or lie in the directory of a model.
+    """
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    if (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} holds a model and adapters (adapter_config.json); give each a directory of its own")
+    said = json.loads(config.read_text(encoding="utf-8"))
+    if not said.get("base_model_name_or_path"):
+        raise ValueError(f"{config} names no base_model_name_or_path; write there what the adapters were trained on")
+    return Base(said["base_model_name_or_path"], said.get("revision") or "main")
+
+
+def with_adapters(packed: PackedModel, path: str | Path) -> PackedModel:
+    """The adapters of a directory, trainable, on their base."""
+    from fastrl.models.adapters import load_adapters
+
+    load_adapters(packed, path)
+    return packed
+
+
 def load_tokenizer(path: str | Path, *, revision: str = "main") -> Any:
-    """The tokenizer saved with the model. Raises UnsupportedModelError if it comes with code of its own."""
+    """The tokenizer saved with the model; that of their base for adapters without one.
+
+    Raises UnsupportedModelError if it comes with code of its own.
+    """
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    if (base := base_of(path)) is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        path, revision = base
     refuse_foreign_code(path, revision, get_tokenizer_config(str(path), revision=revision))
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrl.models.attention import NAMES, UnsupportedModelError
-from fastrl.models.check import AGREES, APART, ON_DEVICE, _groups_tokens, evaluating, row_error
-from fastrl.models.load import ATTENTION, refuse_foreign_code, refuse_incomplete
+from fastrl.models.check import AGREES, APART, ON_DEVICE, _groups_tokens, check_sharing, evaluating, row_error
+from fastrl.models.load import ATTENTION, base_of, refuse_foreign_code, refuse_incomplete, with_adapters
 from fastrl.models.packed import PackedModel
+from fastrl.models.quantised import settle
+from fastrl.models.split import deal
 from fastrl.objective import LossOutput, Objective
 from fastrl.ops.scores import loss_from_scores
 from fastrl.tokens import HeadStats, TokenBatch
@@ -26,6 +28,8 @@ class ScoreHead(nn.Linear):
     head(hidden [R, H], reads="scores" or "values") -> HeadStats
     head(hidden [R, H], objective=..., batch=...)   -> LossOutput
     """
+
+    takes_objective: ClassVar[bool] = True
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> ScoreHead:
@@ -90,12 +94,14 @@ class ScoreModel(PackedModel):
         install_score_head(model)
         self.model = model
         self.packed = model.config._attn_implementation in NAMES.values()
+        self.adapters = None
         self.notes: list[str] = []
         self._covered: str | None = None
 
     @property
     def head(self) -> ScoreHead:
-        head = next((h for n in HEADS if isinstance(h := getattr(self.model, n, None), ScoreHead)), None)
+        heads = (getattr(self.model, name, None) for name in HEADS)
+        head = next((h for h in heads if getattr(h, "takes_objective", False)), None)
         if head is None:
             raise UnsupportedModelError(f"the head of {self.name} has been replaced; the fused calls would not see it")
         return head
@@ -103,6 +109,23 @@ class ScoreModel(PackedModel):
     @property
     def body(self) -> nn.Module:
         return self.model.base_model
+
+    def _split_head(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        *,
+        objective: Objective | None = None,
+        batch: TokenBatch | None = None,
+        reads: str = "",
+        aggregate: Any = None,
+        **options: Any,
+    ) -> HeadStats | LossOutput:
+        own, share = deal(hidden, rows, self.split)
+        out = share.whole(self.head(own, reads="values", **options).values)
+        out = out if out.dim() == 2 else out[:, None]
+        stats = head_stats(out, reads or getattr(objective, "reads", ""), getattr(objective, "mean_variance", False))
+        return stats if objective is None else loss_from_scores(objective, stats, batch, aggregate=aggregate)
 
     def scores(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[S] (or [S, K]) scores of packed sequences, float32, read where transformers reads them (`last_rows`)."""
@@ -178,13 +201,28 @@ def is_reward_model(path: str | Path) -> bool:
 
 
 def _load(
-    kind: str, path, new_labels: int, dtype, attn_implementation, *, revision="main", tokenizer=None, num_labels=None
+    kind: str,
+    path,
+    new_labels: int,
+    dtype,
+    attn_implementation,
+    *,
+    revision="main",
+    tokenizer=None,
+    num_labels=None,
+    quantisation=None,
 ) -> ScoreModel:
     import transformers
 
     if attn_implementation is not None and attn_implementation not in ATTENTION:
         known = ", ".join(ATTENTION)
         raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {known}")
+    if (base := base_of(path)) is not None:
+        from fastrl.models.adapters import saved_labels
+
+        how = {"revision": base.revision, "tokenizer": tokenizer, "quantisation": quantisation}
+        labels = num_labels or saved_labels(path, HEADS) or new_labels
+        return with_adapters(_load(kind, base.path, labels, dtype, attn_implementation, num_labels=labels, **how), path)
     refuse_foreign_code(path, revision)
     config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     auto = getattr(transformers, f"AutoModel{kind}")
@@ -194,6 +232,8 @@ def _load(
     if num_labels is None:
         num_labels = config.num_labels if saved else new_labels
     ours = attn_implementation is None or attn_implementation in NAMES.values()
+    if quantisation:  # of token classifiers transformers would quantise the head too
+        quantisation["quantization_config"].llm_int8_skip_modules = list(HEADS)
     model, found = auto.from_pretrained(
         path,
         num_labels=num_labels,
@@ -203,7 +243,10 @@ def _load(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        **(quantisation or {}),
     )
+    if quantisation:
+        settle(model)
     if not saved:
         heads = tuple(f"{name}." for name in HEADS)
         found = {**found, "missing_keys": [k for k in found["missing_keys"] if not k.startswith(heads)]}
@@ -240,6 +283,7 @@ def pack_score_model(packed: ScoreModel) -> ScoreModel:
             trouble = _trouble(packed, documents, want)
     if trouble:
         raise UnsupportedModelError(f"{packed.name} cannot be trained here: {trouble}")
+    check_sharing(packed, documents[1], documents[3])
     return packed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,22 @@ class Sampler(Protocol):
     """Anything that completes prompts."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int | Sequence[int] = 1, seed: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int | Sequence[int] = 1,
+        seed: int | None = None,
+        first: int = 0,
     ) -> list[list[Completion]]:
-        """`n` completions (or n[i]) of each prompt, in the order of the prompts. Same seed, same completions."""
+        """`n` completions (or n[i]) of each prompt, in the order of the prompts. Same seed, same completions.
+
+        first: the number of prompts[0] among those that are drawn under this seed. Completion k of prompt i is drawn
+        from the stream `seed_of(seed, first + i, k)`, whoever else is drawn with it.
+        """
         ...
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed in [0, 2^63) for whatever goes by this key: SHA-256, so that keys that are alike share nothing."""
+    digest = hashlib.sha256(" ".join(["fastrl draws", *map(str, key)]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastrl.rollout.protocol import Completion, Sampling
+from fastrl.rollout.protocol import Completion, Sampling, seed_of
 
 LOGITS_BYTES = 1 << 30  # of a batch's next-token logits and their fp32 copies while one token is drawn
 
@@ -36,7 +36,12 @@ class TransformersSampler:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int | Sequence[int] = 1, seed: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int | Sequence[int] = 1,
+        seed: int | None = None,
+        first: int = 0,
     ) -> list[list[Completion]]:
         """`n` completions (or n[i]) of each prompt, in the order of the prompts.
 
@@ -44,38 +49,52 @@ class TransformersSampler:
             prompts: token ids of each prompt, not empty.
             sampling: temperature and limits; see `Sampling`.
             n: completions of each prompt.
-            seed: of the draws. The caller's random state is left as it was. None draws from the caller's state.
+            seed: of the draws. The caller's random state is left as it was. None takes one from the caller's state.
+            first: the number of prompts[0] among the prompts of this seed. A completion's draws depend on the seed, on
+                its prompt's number and on its own among that prompt's; not on what it is batched with.
 
         Returns: for each prompt its completions. A completion ends with the end-of-sequence token it drew, or is
-        `truncated` after max_new_tokens. Raises ValueError for an empty prompt or one that leaves too little context.
+        `truncated` after max_new_tokens. Raises ValueError for an empty prompt or one that leaves too little context,
+        RuntimeError where the model's logits are not numbers.
         """
         counts = [n] * len(prompts) if isinstance(n, int) else list(n)
         self._check(prompts, counts, sampling)
-        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        rows = [(i, k) for i, count in enumerate(counts) for k in range(count)]
+        if seed is None and not sampling.greedy:
+            seed = int(torch.randint(2**62, ()))
         results: list[list[Completion]] = [[] for _ in prompts]
-        with self._sampling_mode(), _seeded(seed, self.model.device):
-            lengths = [len(prompts[i]) for i in owners]
+        with self._sampling_mode():
+            lengths = [len(prompts[i]) for i, _ in rows]
             for batch in _batches(lengths, sampling.max_new_tokens, self.max_tokens, self._max_rows):
-                rows = [owners[j] for j in batch]
-                for i, completion in zip(rows, self._complete([prompts[i] for i in rows], sampling), strict=True):
+                chosen = [rows[j] for j in batch]
+                seeds = None if sampling.greedy else [seed_of(seed, first + i, k) for i, k in chosen]
+                made = self._complete([prompts[i] for i, _ in chosen], sampling, seeds)
+                for (i, _), completion in zip(chosen, made, strict=True):
                     results[i].append(completion)
         return results
 
-    def _complete(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[Completion]:
+    def _complete(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int] | None) -> list[Completion]:
         """One batch: pad on the left, generate, cut each row after its first end-of-sequence token."""
+        from fastrl.rollout.draws import processors
+        from fastrl.rollout.record import Record
+
         width = max(len(p) for p in prompts)
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
         attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         device = self.model.device
-        config, record, hooks = self._generation_config(sampling), None, {}
-        if sampling.logprobs:
-            from fastrl.rollout.record import Record
-
-            record = Record(sampling.temperature)  # which divides by the temperature, so that `generate` must not
-            config.temperature, hooks = 1.0, record.hooks()
+        record = Record(sampling.temperature) if sampling.logprobs else None
+        hooks = {} if record is None else record.hooks()
+        if seeds is not None:
+            hooks["logits_processor"] = processors(sampling, seeds, hooks.get("logits_processor"))
         output = self.model.generate(
-            ids.to(device), attention_mask=attended.to(device), generation_config=config, **hooks
+            ids.to(device),
+            attention_mask=attended.to(device),
+            generation_config=self._generation_config(sampling.max_new_tokens),
+            synced_gpus=False,  # ranks that sample each run as often as their own rows need
+            **hooks,
         )
+        if seeds is not None:
+            hooks["logits_processor"][-1].check()
         made = [self._cut(row, sampling.max_new_tokens) for row in output[:, width:].tolist()]
         if record is not None:
             for completion, logprobs in zip(made, record.logprobs(), strict=True):
@@ -95,32 +114,24 @@ class TransformersSampler:
 
     @property
     def _max_rows(self) -> int:
-        """Rows whose logits fit: scores, softmax, its copy and the draw, 4 bytes each a vocabulary entry.
+        """Rows whose logits fit: scores, the same by temperature, noise and their sum, 4 bytes each a vocabulary entry.
 
-        Log-probs are taken of the same scores, with one more copy inside their normaliser; rows are not cut for it, so
-        that the draws of a seed are the same with and without.
+        Log-probs are taken of the same scores, with one more copy inside their normaliser; rows are not cut for it.
         """
         return max(1, LOGITS_BYTES // (16 * self.model.config.get_text_config().vocab_size))
 
-    def _generation_config(self, sampling: Sampling):
-        """Only what `sampling` says: penalties and filters that a model ships with would bias the log-probs."""
+    def _generation_config(self, max_new_tokens: int):
+        """The likeliest token of each step, which noise makes a draw. Penalties and filters that a model ships with
+        would bias the log-probs."""
         from transformers import GenerationConfig
 
-        drawn = {"do_sample": False}
-        if not sampling.greedy:
-            drawn = {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-            }
         return GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
             bos_token_id=None,
             use_cache=True,
-            **drawn,
+            do_sample=False,
         )
 
     @contextmanager
@@ -187,15 +198,3 @@ def _batches(lengths: list[int], new_tokens: int, budget: int, max_rows: int) ->
         else:
             out.append([i])
     return out
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` inside; the caller's random state is the same afterwards."""
-    if seed is None:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -3,6 +3,9 @@
 Commit order: write into a hidden directory -> fsync every file -> manifest with sizes and SHA-256, fsynced -> fsync the
 directories -> rename to checkpoint-N -> fsync the parent -> only then delete what --save_total_limit lets go. A kill at
 any point leaves every earlier checkpoint as it was. Tensors are safetensors, the rest is JSON; nothing is pickled.
+
+On several ranks the directory is one that all of them see. Rank 0 writes the model and commits; each rank writes its
+rows of the optimizer's state and its random generators. Any number of ranks resumes what any other has saved.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastrl.train.durable import MANIFEST, differences, fsync, read_json, umask, write_json, write_manifest
-from fastrl.train.optim_state import pack_optimizer, unpack_optimizer
-from fastrl.train.rng import rng_state, set_rng_state
+from fastrl.train.optim_state import StateFiles, pack_optimizer, unpack_optimizer
+from fastrl.train.parallel import ALONE, World
+from fastrl.train.rng import derive_rng_state, rng_state, set_rng_state
+from fastrl.train.together import on_main, together
 
 FORMAT = 1
 STATE, INNER, CONFIG = "trainer_state.json", "training_state", "config_fastrl.yaml"
@@ -75,11 +80,12 @@ class Checkpoint:
         *,
         generators: dict[str, torch.Generator] | None = None,
         dataset_fingerprint: str = "",
-    ) -> None:
+        world: World = ALONE,
+    ) -> list[str]:
         """Put back optimizer state (by parameter name, bitwise) and every random generator. Call it last.
 
-        Raises: CheckpointError listing parameters whose name, shape or dtype differ, or when the data is not the
-        data the run was started with.
+        Returns: notes for the reader. Raises: CheckpointError listing parameters whose name, shape or dtype differ, or
+        when the data is not the data the run was started with.
         """
         saved = self.state.dataset_fingerprint
         if saved and dataset_fingerprint and saved != dataset_fingerprint:
@@ -89,11 +95,37 @@ class Checkpoint:
             )
         inner = self.path / INNER
         if optimizer is not None:
-            tensors, plain = load_file(inner / "optimizer.safetensors"), read_json(inner / "optimizer.json")
-            problems = unpack_optimizer(optimizer, named_parameters, tensors, plain)
+            plain = read_json(inner / "optimizer.json")
+            files = StateFiles(saved_parts(inner, "optimizer"), plain["parameters"])
+            problems = unpack_optimizer(optimizer, named_parameters, files, plain)
             if problems:
                 raise CheckpointError(f"{self.path} does not fit this model and optimizer:{listed(problems)}")
-        set_rng_state(load_file(inner / "rng.safetensors"), read_json(inner / "rng.json"), generators)
+        return self._restore_rng(inner, generators, world)
+
+    def _restore_rng(self, inner: Path, generators, world: World) -> list[str]:
+        """Each rank takes back its own generators; a rank that was not there derives its own, which is noted."""
+        parts = saved_parts(inner, "rng")
+        if world.rank < len(parts):
+            mine = parts[world.rank]
+            set_rng_state(load_file(mine), read_json(mine.with_suffix(".json")), generators)
+        else:
+            derive_rng_state((self.config.get("seed", 0), self.state.step, world.dp_rank), generators)
+        if world.size <= len(parts):
+            return []
+        return [
+            f"{self.path.name} has random generators of {len(parts)} of the {world.size} processes; those of the "
+            "others (dropout) start from the seed, the step and their rank"
+        ]
+
+
+def saved_parts(inner: Path, kind: str) -> list[Path]:
+    """kind.safetensors of one process, or kind-0000k-of-0000n.safetensors of several, in rank order."""
+    alone = inner / f"{kind}.safetensors"
+    return [alone] if alone.exists() else sorted(inner.glob(f"{kind}-*-of-*.safetensors"))
+
+
+def part_name(kind: str, at: int, count: int) -> str:
+    return kind if count == 1 else f"{kind}-{at + 1:05d}-of-{count:05d}"
 
 
 def listed(problems: list[str], most: int = 20) -> str:
@@ -112,45 +144,79 @@ def save_checkpoint(
     *,
     generators: dict[str, torch.Generator] | None = None,
     total_limit: int | None = None,
+    world: World = ALONE,
 ) -> Path:
     """Write run_path/checkpoint-<state.step>; returns its path. A complete one of that step is left as it is.
 
-    model_saver(directory) writes the model and tokenizer. Raises: CheckpointError when the disk refuses (earlier
-    checkpoints are untouched and nothing half-written stays); whatever model_saver raises otherwise.
+    model_saver(directory), called on every rank, writes the model and tokenizer on rank 0. Raises, on every rank:
+    CheckpointError when the disk refuses on one of them (earlier checkpoints are untouched and nothing half-written
+    stays); otherwise whatever model_saver raises.
     """
     run_path, parameters = Path(run_path), list(named_parameters)
     target = run_path / f"checkpoint-{state.step}"
-    if is_complete(target):
+    refused = f"could not save {target}: {{}}; earlier checkpoints are untouched"
+
+    def step(work: Callable[[], Any]) -> Any:
+        return together(world, lambda: on_disk(work, refused), (CheckpointError,))
+
+    tmp = on_main(world, lambda: on_disk(lambda: _begin(target, optimizer, parameters), refused), (CheckpointError,))
+    if tmp is None:
         return target
-    _check_space(run_path, optimizer, parameters)
-    tmp = Path(tempfile.mkdtemp(prefix=TMP_PREFIX, dir=run_path))
+    tmp = Path(tmp)
     try:
-        model_saver(tmp)
-        _write_training_state(tmp, state, optimizer, parameters, generators)
-        _commit(tmp, target, state.step)
-    except BaseException as error:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise CheckpointError(f"could not save {target}: {error}; earlier checkpoints are untouched") from error
+        step(lambda: model_saver(tmp))
+        step(lambda: _write_own_state(tmp / INNER, optimizer, parameters, generators, world))
+        step(lambda: _finish(tmp, target, state) if world.is_main else None)
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(tmp, ignore_errors=True)
         raise
-    _delete_old(run_path, state.step, total_limit)
+    together(world, lambda: _delete_old(run_path, state.step, total_limit) if world.is_main else None)
     return target
 
 
-def _write_training_state(tmp, state, optimizer, parameters, generators) -> None:
-    inner = tmp / INNER
-    inner.mkdir()
-    if optimizer is not None:
-        tensors, plain = pack_optimizer(optimizer, parameters)
-        save_file(tensors, inner / "optimizer.safetensors")
-        write_json(inner / "optimizer.json", plain)
+def on_disk(work: Callable[[], Any], refused: str) -> Any:
+    """work(); a disk that refuses is a CheckpointError, `refused` with its reason."""
+    try:
+        return work()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(refused.format(error)) from error
+
+
+def _begin(target: Path, optimizer, parameters) -> str | None:
+    """A hidden directory to write into; None if the checkpoint is there."""
+    if is_complete(target):
+        return None
+    _check_space(target.parent, optimizer, parameters)
+    tmp = tempfile.mkdtemp(prefix=TMP_PREFIX, dir=target.parent)
+    Path(tmp, INNER).mkdir()
+    return tmp
+
+
+def _write_own_state(inner: Path, optimizer, parameters, generators, world: World) -> None:
+    """This rank's rows of the optimizer's state, if it is of the first copy of them, and its random generators."""
+    written = []
+    if optimizer is not None and world.rank < world.shards:
+        packed = pack_optimizer(optimizer, parameters, first=world.is_main)
+        written.append(inner / f"{part_name('optimizer', world.rank, world.shards)}.safetensors")
+        save_file(packed.tensors, written[-1], packed.metadata)
+        if world.is_main:
+            write_json(inner / "optimizer.json", packed.plain)
     tensors, plain = rng_state(generators)
-    save_file(tensors, inner / "rng.safetensors")
-    write_json(inner / "rng.json", plain)
+    written.append(inner / f"{part_name('rng', world.rank, world.size)}.safetensors")
+    save_file(tensors, written[-1])
+    written.append(written[-1].with_suffix(".json"))
+    write_json(written[-1], plain)
+    for path in () if world.is_main else written:  # rank 0 syncs what it sees, which may be on another machine
+        fsync(path)
+
+
+def _finish(tmp: Path, target: Path, state: TrainerState) -> None:
     write_json(tmp / STATE, dataclasses.asdict(state))
     config = tmp.parent / CONFIG
     if config.exists():
         shutil.copyfile(config, tmp / CONFIG)
+    _commit(tmp, target, state.step)
 
 
 def _commit(tmp: Path, target: Path, step: int) -> None:
@@ -181,33 +247,38 @@ def _check_space(run_path: Path, optimizer, parameters) -> None:
         raise CheckpointError(f"could not save in {run_path}: {sizes}")
 
 
-def save_final(run_path: Path | str, model_saver: ModelSaver) -> None:
+def save_final(run_path: Path | str, model_saver: ModelSaver, world: World = ALONE) -> None:
     """The model into run_path itself. config.json lands last: until then the directory does not load as a model.
 
-    Raises: CheckpointError when the disk refuses.
+    model_saver: as in `save_checkpoint`. Raises: CheckpointError on every rank when the disk refuses.
     """
-    run_path = Path(run_path)
-    tmp = Path(tempfile.mkdtemp(prefix=TMP_PREFIX, dir=run_path))
+    run_path, known = Path(run_path), (CheckpointError,)
+    refused = f"could not save the model in {run_path}: {{}}"
+    begin = lambda: tempfile.mkdtemp(prefix=TMP_PREFIX, dir=run_path)  # noqa: E731
+    tmp = Path(on_main(world, lambda: on_disk(begin, refused), known))
     try:
-        model_saver(tmp)
-        files = sorted(tmp.rglob("*"), key=lambda p: (p.name == "config.json", p.suffix == ".json", p.name))
-        files = [p for p in files if p.is_file()]
-        for path in files:
-            fsync(path)
-        new = {p.relative_to(tmp).as_posix() for p in files}
-        (run_path / "config.json").unlink(missing_ok=True)
-        for path in files:
-            place = run_path / path.relative_to(tmp)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-        for old in run_path.glob("model*.safetensors*"):  # shards of an earlier, differently cut save
-            if old.name not in new:
-                old.unlink()
-        fsync(run_path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not save the model in {run_path}: {error}") from error
+        together(world, lambda: on_disk(lambda: model_saver(tmp), refused), known)
+        on_main(world, lambda: on_disk(lambda: _move_in(tmp, run_path), refused), known)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _move_in(tmp: Path, run_path: Path) -> None:
+    files = sorted(tmp.rglob("*"), key=lambda p: (p.name == "config.json", p.suffix == ".json", p.name))
+    files = [p for p in files if p.is_file()]
+    for path in files:
+        fsync(path)
+    new = {p.relative_to(tmp).as_posix() for p in files}
+    (run_path / "config.json").unlink(missing_ok=True)
+    for path in files:
+        place = run_path / path.relative_to(tmp)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    for old in run_path.glob("model*.safetensors*"):  # shards of an earlier, differently cut save
+        if old.name not in new:
+            old.unlink()
+    fsync(run_path)
 
 
 # -- finding and loading -----------------------------------------------------------------------------------------
@@ -234,7 +305,7 @@ def find_checkpoint(run_path: Path | str, resume_from: str, notes: list[str] | N
     for _, path in candidates:
         problems = _problems(path)
         if not problems:
-            return _read(path)
+            return read_checkpoint(path)
         notes.append(f"passed over {path.name}, it is incomplete or damaged: {problems[0]}")
     if candidates:
         raise CheckpointError(f"no checkpoint in {run_path} is whole; not starting again from 0:{listed(notes)}")
@@ -257,10 +328,11 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     problems = _problems(path)
     if problems:
         raise CheckpointError(f"{path} is incomplete or damaged:{listed(problems)}")
-    return _read(path)
+    return read_checkpoint(path)
 
 
-def _read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """State and config of a checkpoint that is known to be whole."""
     raw, known = read_json(path / STATE), {f.name for f in dataclasses.fields(TrainerState)}
     config = yaml.safe_load((path / CONFIG).read_text()) if (path / CONFIG).exists() else {}
     return Checkpoint(path, TrainerState(**{k: v for k, v in raw.items() if k in known}), config)

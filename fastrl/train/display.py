@@ -67,6 +67,13 @@ class Display:
         print(text, file=sys.stderr, flush=True)
 
 
+class Silent(Display):
+    """Of the ranks that nobody watches."""
+
+    def note(self, text: str) -> None:
+        pass
+
+
 class BarDisplay(Display):
     """A progress bar whose last column holds the newest numbers; notes and evaluations scroll above it."""
 

@@ -4,7 +4,9 @@ Four ways to add a number, by what it means over micro-batches and steps:
     add       already weighted by global counts: summed inside a step, averaged over the steps of an interval
     add_mean  one value of several: plain mean of all that came
     add_max, add_min
-A tensor stays on its device until the record is written: one transfer an interval, no sync on the way.
+A tensor stays on its device until the record is written: one transfer an interval, no sync on the way. On several
+ranks every record is that of all of them: sums are added up, means weighted by their counts, times averaged. Rank 0
+writes.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import torch
 from torch import Tensor
 
 from fastrl.train.config import TrainConfig
-from fastrl.train.display import Display, open_display
+from fastrl.train.display import Display, Silent, open_display
 from fastrl.train.durable import write_durably
 from fastrl.train.optim import StepOutcome
+from fastrl.train.parallel import World
 from fastrl.train.trackers import open_trackers
 
 METRICS_FILE = "metrics.jsonl"
+ALONE = World()
 Values = dict[str, Any]
 
 
@@ -42,14 +46,18 @@ class Interval:
         self.maxima: Values = {}
         self.minima: Values = {}
         self.seen: set[str] = set()  # names added in the step that is under way
+        self.kinds: dict[str, str] = {}  # "mean" and "time"; the others are sums
 
-    def add(self, name: str, value: Any) -> None:
+    def add(self, name: str, value: Any, kind: str = "") -> None:
+        if kind:
+            self.kinds[name] = kind
         self.sums[name] = self.sums[name] + value if name in self.sums else value
         if name not in self.seen:
             self.seen.add(name)
             self.steps[name] = self.steps.get(name, 0) + 1
 
     def add_mean(self, name: str, value: Any) -> None:
+        self.kinds[name] = "mean"
         self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps[name] = self.steps.get(name, 0) + 1
 
@@ -60,18 +68,37 @@ class Interval:
             value = torch.maximum(old, value) if larger else torch.minimum(old, value)
         into[name] = value
 
-    def results(self) -> dict[str, float]:
-        sums = to_host(self.sums)
-        means = {name: total / self.steps[name] for name, total in sums.items()}
-        return {**means, **to_host(self.maxima), **to_host(self.minima)}
+    def results(self, world: World = ALONE) -> dict[str, float]:
+        """Of all ranks; every rank has to call it."""
+        state = self.state_dict(world)
+        means = {name: total / state["steps"][name] for name, total in state["sums"].items()}
+        return {**means, **state["maxima"], **state["minima"]}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, world: World = ALONE) -> dict[str, Any]:
         extremes = {"maxima": to_host(self.maxima), "minima": to_host(self.minima)}
-        return {"sums": to_host(self.sums), "steps": dict(self.steps), **extremes}
+        own = {"sums": to_host(self.sums), "steps": dict(self.steps), "kinds": dict(self.kinds), **extremes}
+        return own if world.size == 1 else merged(world.gather_data(own))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.steps = dict(state["sums"]), dict(state["steps"])
+        self.sums, self.steps, self.kinds = dict(state["sums"]), dict(state["steps"]), dict(state.get("kinds", {}))
         self.maxima, self.minima = dict(state["maxima"]), dict(state["minima"])
+
+
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several data ranks counted in the same interval, as if one had."""
+    out: dict[str, Any] = {"sums": {}, "steps": {}, "kinds": {}, "maxima": {}, "minima": {}}
+    for state in states:
+        out["kinds"].update(state["kinds"])
+        for name, value in state["sums"].items():
+            kind, count = out["kinds"].get(name), state["steps"][name]
+            share = value / len(states) if kind == "time" else value
+            out["sums"][name] = out["sums"].get(name, 0.0) + share
+            before = out["steps"].get(name, 0)
+            out["steps"][name] = before + count if kind == "mean" else max(before, count)
+        for where, pick in (("maxima", max), ("minima", min)):
+            for name, value in state[where].items():
+                out[where][name] = pick(out[where].get(name, value), value)
+    return out
 
 
 def to_host(values: Values) -> dict[str, float]:
@@ -89,25 +116,34 @@ class MetricsLogger:
     """Writes output_dir/metrics.jsonl (always), the trackers of --report_to, and the progress bar. A context manager.
 
     resume: the TrainerState to go on from; records beyond its step are cut from metrics.jsonl.
-    history: the records written by this process.
+    history: the records of this run. world: whose ranks each have a logger, and all call end_step and state_dict.
     """
 
-    def __init__(self, config: TrainConfig, total_steps: int, resume: Any = None, display: Display | None = None):
-        self.config, self.total_steps = config, total_steps
+    def __init__(
+        self,
+        config: TrainConfig,
+        total_steps: int,
+        resume: Any = None,
+        display: Display | None = None,
+        world: World = ALONE,
+    ):
+        self.config, self.total_steps, self.world = config, total_steps, world
         self.path = Path(config.output_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.interval, self.history = Interval(), []
         self.num_tokens, self.num_skipped, first = 0, 0, 0
-        self._tokens, self._logged_at, self._seconds = 0, 0, 0.0
+        self._tokens, self._new_tokens, self._logged_at, self._seconds = 0, 0, 0, 0.0
         if resume is not None:
             first, self.num_tokens, self.num_skipped = resume.step, resume.num_tokens, resume.skipped_steps
             self._logged_at = first
             if resume.metrics:
                 self._load_state_dict(resume.metrics)
-        cut_metrics(self.path, first)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._trackers = open_trackers(config)
-        self._display = display or open_display(config.stage, total_steps, first)
+        self._file, self._trackers = None, []
+        if world.is_main:
+            cut_metrics(self.path, first)
+            self._file, self._trackers = self.path.open("a", encoding="utf-8"), open_trackers(config)
+        shown = open_display if world.is_main else Silent
+        self._display = display or shown(config.stage, total_steps, first)
         self._resumed, self._clock = first, time.monotonic()
 
     def __enter__(self) -> MetricsLogger:
@@ -117,7 +153,8 @@ class MetricsLogger:
 
     def __exit__(self, *_) -> None:
         self._display.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -140,16 +177,22 @@ class MetricsLogger:
             self.interval.add_extreme(self.interval.minima, name, value, larger=False)
 
     def count_tokens(self, n: int) -> None:
-        """Tokens that went through the model for this step."""
-        self._tokens += n
-        self.num_tokens += n
+        """Tokens that went through the model for this step on this rank."""
+        if self.world.size == 1:
+            self._tokens, self.num_tokens = self._tokens + n, self.num_tokens + n
+        else:
+            self._new_tokens += n
+
+    def _count_everywhere(self) -> None:
+        new = round(self.world.sums({"tokens": self._new_tokens})["tokens"])
+        self._tokens, self.num_tokens, self._new_tokens = self._tokens + new, self.num_tokens + new, 0
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
         """Seconds of the block, as timing_s/<name>. On CUDA it is the host's time: work may still be queued."""
         began = time.monotonic()
         yield
-        self.interval.add(f"timing_s/{name}", time.monotonic() - began)
+        self.interval.add(f"timing_s/{name}", time.monotonic() - began, "time")
 
     # -- writing -----------------------------------------------------------------------------------------------
     def end_step(self, step: int, epoch: float, last: Values | None = None) -> dict[str, float] | None:
@@ -177,32 +220,35 @@ class MetricsLogger:
     def skipped(self, outcome: StepOutcome) -> None:
         """Tell that a step was skipped, and count it."""
         self.num_skipped += 1
-        names = ", ".join(outcome.culprits[:3]) or "no single parameter"
-        self.note(f"step skipped: gradient norm {outcome.grad_norm} (non-finite: {names}); weights are unchanged")
+        self.note(outcome.describe())
 
     def sync(self) -> None:
         """Put metrics.jsonl on the disk; called before a checkpoint is written."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def state_dict(self) -> dict[str, Any]:
         """What an interval that is under way needs to go on after a resume. JSON."""
         self.sync()
+        self._count_everywhere()
         seconds = self._seconds + time.monotonic() - self._clock
         here = {"tokens": self._tokens, "logged_at": self._logged_at, "seconds": seconds}
-        return {"interval": self.interval.state_dict(), **here}
+        return {"interval": self.interval.state_dict(self.world), **here}
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        self.interval.load_state_dict(state["interval"])
+        if self.world.is_main:  # it holds what all ranks had counted
+            self.interval.load_state_dict(state["interval"])
         self._tokens, self._logged_at, self._seconds = state["tokens"], state["logged_at"], state["seconds"]
 
     def _record(self, step: int, epoch: float, last: Values) -> dict[str, float]:
-        values = self.interval.results()
+        self._count_everywhere()
+        self.add_max(peak_memory())
+        values = self.interval.results(self.world)
         now = time.monotonic()
         seconds, steps = self._seconds + now - self._clock, max(1, step - self._logged_at)
         record = {"step": step, "epoch": round(epoch, 6), **values, **to_host(last), "num_tokens": self.num_tokens}
         record |= {"step_time": seconds / steps, "perf/throughput": self._tokens / max(seconds, 1e-9)}
-        record |= peak_memory()
         if self.num_skipped:
             record["skipped_steps"] = self.num_skipped
         self.interval = Interval()
@@ -211,6 +257,8 @@ class MetricsLogger:
 
     def _write(self, record: dict[str, float]) -> None:
         self.history.append(record)
+        if self._file is None:
+            return
         # strict JSON has no NaN: null says that the number was not finite
         plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")

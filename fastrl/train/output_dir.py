@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import yaml
 
 import fastrl
@@ -28,10 +30,13 @@ from fastrl.train.checkpoint import (
     drop_partials,
     find_checkpoint,
     list_checkpoints,
+    read_checkpoint,
 )
 from fastrl.train.config import TrainConfig
 from fastrl.train.durable import write_durably
 from fastrl.train.flags import ConfigError
+from fastrl.train.parallel import ALONE, World
+from fastrl.train.together import on_main, together
 
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", ".fastrl.lock"
 SECRET_NAME = re.compile(r"token$|secret|password|passwd|api_?key|credential|private_?key", re.IGNORECASE)
@@ -52,30 +57,47 @@ class Run:
 
 
 @contextlib.contextmanager
-def start_run(config: TrainConfig) -> Iterator[Run]:
-    """Create and lock output_dir, decide where to start, write config_fastrl.yaml.
+def start_run(config: TrainConfig, world: World = ALONE) -> Iterator[Run]:
+    """Create and lock output_dir, decide where to start, write config_fastrl.yaml: on rank 0, which tells the others.
 
-    Raises: OutputDirError when another run holds the directory, or when it holds an earlier run and neither
-    --resume_from_checkpoint nor --overwrite_output_dir was given; CheckpointError when the checkpoint asked for is
-    missing or damaged.
+    Raises, on every rank: OutputDirError when another run holds the directory, when it holds an earlier run and neither
+    --resume_from_checkpoint nor --overwrite_output_dir was given, or when a rank does not see it; CheckpointError when
+    the checkpoint asked for is missing or damaged.
     """
-    path = Path(config.output_dir)
+    path, known = Path(config.output_dir), (OutputDirError, CheckpointError)
+    with contextlib.ExitStack() as held:
+        found = on_main(world, lambda: _take(path, config, held), known)
+        together(world, lambda: _see(path, world), known)
+        checkpoint = None if found["resume"] is None else read_checkpoint(Path(found["resume"]))
+        yield Run(path, checkpoint, found["notes"])
+
+
+def _take(path: Path, config: TrainConfig, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Lock the directory for as long as `held` lives; JSON: the checkpoint to go on from, and notes."""
     if path.exists() and not path.is_dir():
         raise OutputDirError(f"--output_dir {path} is a file; give a directory")
     model = Path(config.model_name_or_path).resolve()
     if model.exists() and (model == path.resolve() or path.resolve() in model.parents):
         raise OutputDirError(f"--model_name_or_path {model} lies in --output_dir {path}, which the run writes over")
     path.mkdir(parents=True, exist_ok=True)
-    with lock(path):
-        notes = [f"removed a partial save: {name}" for name in drop_partials(path)]
-        if config.overwrite_output_dir:
-            _remove_run(path)
-        checkpoint = _choose(path, config, notes)
-        if checkpoint is not None:
-            notes += _set_later_ones_aside(path, checkpoint)
-            notes += config_changes(checkpoint.config, config.to_dict())
-        write_durably(path / CONFIG, dump_config(config).encode())
-        yield Run(path, checkpoint, notes)
+    held.enter_context(lock(path))
+    notes = [f"removed a partial save: {name}" for name in drop_partials(path)]
+    if config.overwrite_output_dir:
+        _remove_run(path)
+    checkpoint = _choose(path, config, notes)
+    if checkpoint is not None:
+        notes += _set_later_ones_aside(path, checkpoint)
+        notes += config_changes(checkpoint.config, config.to_dict())
+    write_durably(path / CONFIG, dump_config(config).encode())
+    return {"resume": None if checkpoint is None else str(checkpoint.path), "notes": notes}
+
+
+def _see(path: Path, world: World) -> None:
+    if not (path / CONFIG).exists():
+        raise OutputDirError(
+            f"--output_dir {path} of rank 0 is not there for rank {world.rank} on {socket.gethostname()}; give a "
+            "directory on a file system that all machines share"
+        )
 
 
 def _choose(path: Path, config: TrainConfig, notes: list[str]) -> Checkpoint | None:
@@ -202,3 +224,13 @@ class StopRequest:
         if self.requested:
             os._exit(128 + number)  # checkpoints are renamed into place whole, so nothing can be left half-written
         self.requested, self.signal_number = True, number
+
+
+def stopping(stop: StopRequest, world: World) -> bool:
+    """Whether to stop now: the same answer on every rank, whichever of them got the signal. One tiny message a call."""
+    if world.size > 1:
+        number = torch.tensor(stop.signal_number if stop.requested else 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            stop.requested, stop.signal_number = True, int(number)
+    return stop.requested

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.rollout import seed_of
+
 
 def rng_state(generators: dict[str, torch.Generator] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, JSON) of torch's CPU and CUDA, python's and, when loaded, numpy's generators, and of `generators`."""
@@ -44,6 +46,16 @@ def set_rng_state(
 
         kind, keys, position, has_gauss, cached = plain["numpy"]
         numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+
+
+def derive_rng_state(key: tuple[int | str, ...], generators: dict[str, torch.Generator] | None = None) -> None:
+    """Start every generator from a key, for a rank whose own state nobody saved."""
+    torch.manual_seed(seed_of("torch", *key))
+    random.seed(seed_of("python", *key))
+    for name, generator in (generators or {}).items():
+        generator.manual_seed(seed_of(name, *key))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed_of("numpy", *key) % 2**32)
 
 
 def _device(name: str) -> int:

@@ -12,12 +12,19 @@ import torch
 import transformers
 
 from fastrl.data import Rows, load
-from fastrl.models import PackedModel, load_causal_lm, load_reference, load_tokenizer, save_pretrained
+from fastrl.models import PackedModel, activations, load_causal_lm, load_reference, load_tokenizer, save_pretrained
+from fastrl.models.adapters import merge_adapters
+from fastrl.models.ulysses import split_sequences
+from fastrl.train import adapted
+from fastrl.train.combinations import Facts, check_model
 from fastrl.train.config import TrainConfig
 from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
+from fastrl.train.parallel import ShardOptions, World, roots, shard
 from fastrl.train.stages import distill, dpo, grpo, kto, ppo, prm, reward, rloo, sft
 from fastrl.train.stages.base import Setting, Stage
+from fastrl.train.step import ALONE
+from fastrl.train.together import gathered
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": "auto"}
 REFERENCE = "reference"  # in a checkpoint: a reference model that has moved (sync_ref_model)
@@ -35,41 +42,64 @@ class Workbench:
     notes: list[str] = field(default_factory=list)
     generators: dict[str, torch.Generator] = field(default_factory=dict)
 
+    def merge(self, path: Path) -> None:
+        """Beside the adapters saved in `path` the model that they and their base make, where it was asked for."""
+        config = self.stage.setting.config
+        if config.merge_adapters:
+            merge_adapters(path, DTYPES[config.dtype], self.tokenizer)
 
-def build(config: TrainConfig, run: Run) -> Workbench:
+
+def build(config: TrainConfig, run: Run, world: World = ALONE) -> Workbench:
     """Load the data first (its errors are cheap to meet), then the models, then the stage."""
     transformers.utils.logging.disable_progress_bar()  # the run has a bar of its own
     transformers.utils.logging.set_verbosity_error()  # lengths are checked and reported here
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    device = world.device
     train_rows = load(config.dataset_name, config.dataset_train_split, config.dataset_config)
     test_rows = held_out_rows(config)
     tokenizer = tokenizer_of(config)
     start = config.model_name_or_path if run.resume is None else str(run.resume.path)
-    model = load_model(config, start, tokenizer, device)
+    autocast = torch.bfloat16 if (device.type == "cuda" if config.bf16 is None else config.bf16) else None
+    model = load_model(config, start, tokenizer, world, autocast)
     model.train()
     if getattr(config, "disable_dropout", False):
         disable_dropout(model)
-    reference = None
-    if getattr(config, "needs_reference", getattr(config, "beta", 0.0)):
-        reference = load_reference(reference_of(config, run), **model_options(config), tokenizer=tokenizer).to(device)
-    autocast = torch.bfloat16 if (device.type == "cuda" if config.bf16 is None else config.bf16) else None
-    setting = Setting(config, model, reference, tokenizer, device, autocast)
-    notes = list(model.notes)
-    if config.dtype == "bfloat16":
-        notes.append(
-            "--dtype bfloat16 keeps no float32 master weights: an update below 1/256 of a weight is lost, most of "
-            "them at learning rates below 1e-4; --dtype float32 --bf16 true computes in bf16 and loses none"
-        )
+    reference = reference_model(config, run, model, tokenizer, world, autocast)
+    if world.dp_rank:  # what the ranks draw from here on (dropout) differs; new weights above did not
+        torch.manual_seed(config.seed + world.dp_rank)
+    setting = Setting(config, model, reference, tokenizer, device, autocast, world)
+    notes = [*model.notes, *check_model(config, Facts(device.type, world.size))]
+    del reference  # the stage may let it go
     stage = STAGES[config.stage](setting, train_rows, test_rows, notes)
 
     def save_model(path: Path) -> None:
-        save_pretrained(model, tokenizer, path)
-        if getattr(config, "sync_ref_model", False):
-            save_pretrained(setting.reference, None, path / REFERENCE)
+        """On every rank: the weights are gathered before anything is written, and rank 0 writes."""
+        moved = setting.reference if getattr(config, "sync_ref_model", False) else None
+        state, moved_state = gathered(model, world), None if moved is None else gathered(moved, world)
+        if world.is_main:
+            save_pretrained(model, tokenizer, path, state=state)
+        if world.is_main and moved is not None:
+            save_pretrained(moved, None, path / REFERENCE, state=moved_state)
 
     return Workbench(model, stage, tokenizer, save_model, train_rows.fingerprint, notes)
+
+
+def needs_reference(config: TrainConfig) -> bool:
+    return bool(getattr(config, "needs_reference", getattr(config, "beta", 0.0)))
+
+
+def reference_model(
+    config: TrainConfig, run: Run, model: PackedModel, tokenizer: Any, world: World, autocast: torch.dtype | None
+):
+    """A frozen copy of the starting model; under adapters their base, which is there; None where nothing reads it."""
+    if not needs_reference(config):
+        return None
+    if config.use_peft:
+        return adapted.start_of(model)
+    reference = load_reference(reference_of(config, run), **model_options(config), tokenizer=tokenizer)
+    activations.apply(reference, switches_of(config).scoring(), world.device)
+    return placed(reference, config, world, autocast)
 
 
 def reference_of(config: TrainConfig, run: Run) -> str:
@@ -105,13 +135,36 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def load_model(config: TrainConfig, path: str, tokenizer: Any, device: torch.device) -> PackedModel:
+def load_model(config: TrainConfig, path: str, tokenizer: Any, world: World, autocast: torch.dtype | None):
+    """Weights, then adapters, then what saves activations, then the split over the ranks: each sees the one before."""
     options = {**model_options(config), "tokenizer": tokenizer}
+    options |= adapted.quantisation_of(config, options["dtype"], world.device)
     loader = LOADERS.get(config.stage)
-    model = (load_causal_lm(path, **options) if loader is None else loader(config, path, options)).to(device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+    model = load_causal_lm(path, **options) if loader is None else loader(config, path, options)
+    adapted.adapt(model, config, needs_reference(config))
+    activations.apply(model, switches_of(config), world.device)
+    return placed(model, config, world, autocast)
+
+
+def switches_of(config: TrainConfig) -> activations.Switches:
+    return activations.Switches(
+        checkpointing=config.gradient_checkpointing,
+        policy=config.gradient_checkpointing_policy,
+        offload=config.activation_offloading,
+        tiled_mlp=activations.AUTO if config.tiled_mlp == "auto" else config.tiled_mlp,
+        compile=config.torch_compile,
+        fp8=config.fp8,
+        float32=tuple(config.fp32_modules),
+    )
+
+
+def placed(model: PackedModel, config: TrainConfig, world: World, autocast: torch.dtype | None) -> PackedModel:
+    """On its device, or split over those of all ranks."""
+    if world.size == 1:
+        return model.to(world.device)
+    for root in roots(model):
+        split_sequences(root, world.sequence_group)
+    return shard(model, world, ShardOptions(config.reshard_after_forward, config.cpu_offload, autocast))
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

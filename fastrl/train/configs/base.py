@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fastrl.train.configs.activations import ActivationFlags
+from fastrl.train.configs.adapters import AdapterFlags
+from fastrl.train.configs.optimizer import OptimizerFlags
+from fastrl.train.configs.parallel import ParallelFlags
 from fastrl.train.flags import ConfigError, check_fields, flag
 
 INTERVALS = ("no", "steps", "epoch")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 TRACKERS = ("none", "all", "tensorboard", "wandb")
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(ParallelFlags, ActivationFlags, AdapterFlags, OptimizerFlags):
     """Flags of every stage. Raises ConfigError (a ValueError) from its constructor."""
 
     stage: ClassVar[str] = ""
@@ -28,7 +32,6 @@ class TrainConfig:
     dtype: str = flag("float32", "Type of the weights; float32 keeps master weights (see bf16).", choices=DTYPES)
     bf16: bool | None = flag(None, "Compute in bfloat16 over the weights. none: on CUDA yes, on the CPU no.")
     attn_implementation: str | None = flag(None, "Attention; none picks the fastest packed one that is installed.")
-    gradient_checkpointing: bool = flag(True, "Recompute each layer in the backward pass: less memory, more time.")
     use_cpu: bool = flag(False, "Train on the CPU even if an accelerator is there.")
 
     # data
@@ -75,17 +78,10 @@ class TrainConfig:
         at_least=1,
     )
 
-    # optimizer
-    learning_rate: float = flag(5e-5, "Peak learning rate.", at_least=0)
-    lr_scheduler_type: str = flag("linear", "Shape after the warmup.", choices=SCHEDULES)
-    warmup_ratio: float = flag(0.0, "Part of all steps spent warming up.", at_least=0, at_most=1)
-    warmup_steps: float = flag(0.0, "Steps spent warming up; below 1, a part of all steps.", at_least=0)
-    weight_decay: float = flag(0.0, "AdamW decay of matrices; never of biases and norms.", at_least=0)
-    adam_beta1: float = flag(0.9, "AdamW.", at_least=0, below=1)
-    adam_beta2: float = flag(0.999, "AdamW.", at_least=0, below=1)
-    adam_epsilon: float = flag(1e-8, "AdamW.", above=0)
-    max_grad_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 turns clipping off.", at_least=0)
-    max_skipped_steps: int = flag(3, "Stop after this many steps in a row with a non-finite gradient.", at_least=1)
+    share_prompts: bool = flag(True, "Completions of one prompt, and both sides of a pair, share one copy of it.")
+    probe_memory: bool | None = flag(
+        None, "Run the worst-case micro-batch before step 1, so that memory runs out then. none: on CUDA yes."
+    )
     debug_checks: bool = flag(False, "Check targets, log-probs and gradients on the host at every micro-batch; slow.")
 
     def __post_init__(self):
@@ -101,11 +97,11 @@ class TrainConfig:
         for name in ("model_name_or_path", "dataset_name", "output_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is required; {self.__dataclass_fields__[name].metadata['help']}")
-        if self.warmup_ratio and self.warmup_steps:
-            both = f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps:g}"
-            raise ConfigError(f"{both} both set the warmup; give one of them")
-        if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
-            raise ConfigError("--lr_scheduler_type constant has no warmup; use constant_with_warmup or drop the warmup")
+        self._check_parallel()
+        self._check_activations()
+        self._check_optimizer()
+        self._check_adapters()
+        combinations().check(self)
         if self.max_steps == 0:
             raise ConfigError("--max_steps is 0, so nothing would train; give a positive number, or -1 for epochs")
         if len(self.report_to) > 1 and "none" in self.report_to:
@@ -146,6 +142,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values by flag name; `type(config)(**config.to_dict())` gives the same config back."""
         return dataclasses.asdict(self)
+
+
+def combinations():
+    """fastrl.train.combinations, which is also a program of its own."""
+    return importlib.import_module("fastrl.train.combinations")
 
 
 @dataclass(kw_only=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fastrl.data import Limits, Report
+from fastrl.data.balance import cost_of
 from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import Sample
 from fastrl.models import PackedModel
+from fastrl.models.adapters import AdapterReference
+from fastrl.models.linear import linear_form
 from fastrl.objective import Objective
 from fastrl.ops.distill import Teacher
-from fastrl.train.step import Forward, MicroBatch, attach, loss_of, plan, prepare, score
+from fastrl.train.budget import in_parts, note_longer, scored
+from fastrl.train.parallel import World, full
+from fastrl.train.step import ALONE, Forward, MicroBatch, attach, exchange, loss_of, plan, prepare
 
 if TYPE_CHECKING:
     from fastrl.train.config import DatasetConfig, TrainConfig
@@ -22,14 +29,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class Setting:
-    """What every stage is built from. reference: frozen copy of the starting model, or None where it is not used."""
+    """What every stage is built from. reference: frozen copy of the starting model, or None where it is not used;
+    under adapters the model itself as it was at the start, called in the same way.
+    budget: most tokens of a micro-batch. notes: lines for the reader that came up meanwhile; told: what was said once.
+    """
 
     config: TrainConfig
     model: PackedModel
-    reference: PackedModel | None
+    reference: PackedModel | AdapterReference | None
     tokenizer: Any
     device: torch.device
     autocast: torch.dtype | None
+    world: World = ALONE
+    budget: int = 0
+    notes: list[str] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+
+    def __post_init__(self):
+        self.budget = self.budget or self.config.max_tokens_per_device
+        self.cost = cost_of(self.model.model.config)
+
+    @property
+    def shares(self) -> bool:
+        """Whether neighbours of one group hold their prompt once."""
+        return self.config.share_prompts and self.model.shares
+
+    def plan(self, samples: list[Sample], unit: int = 1) -> list[MicroBatch]:
+        """This rank's micro-batches of the samples, `unit` neighbours together."""
+        how = {"share_prompts": self.shares, "cost": self.cost}
+        micros = plan(samples, self.budget, self.device, unit, self.world, **how)
+        note_longer(self, micros)
+        return micros
 
 
 class Stage(Protocol):
@@ -85,12 +115,14 @@ class DatasetStage:
         model.eval()
         samples = [sample for item in self.held_out for sample in item]
         with log.timing("eval"):
-            for micro in prepare(model, self.objective, self.prepare(samples, log), self.how):
-                out = loss_of(model, self.objective, micro, self.how)
+            world, run = self.setting.world, partial(loss_of, model, self.objective, how=self.how)
+            by = partial(scored, self.setting, unit=self.unit)
+            micros = prepare(model, self.objective, self.prepare(samples, log), self.how, world, by=by)
+            for out in (out for micro in micros for out in in_parts(self.setting, run, micro, self.unit)):
                 for name, value in {"loss": out.loss, **out.metrics}.items():
                     totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + float(value)
         model.train(was_training)
-        return totals
+        return world.sums(totals)
 
     def state_dict(self) -> dict:
         return {"order": self.order.state_dict()}
@@ -103,29 +135,45 @@ def with_reference(
     setting: Setting, samples: list[Sample], unit: int, how: Forward, log: MetricsLogger
 ) -> list[MicroBatch]:
     """Micro-batches of the samples; with a reference model, its log-probs are attached first."""
-    budget, device = setting.config.max_tokens_per_device, setting.device
     if setting.reference is not None:
-        give_logprobs(setting.reference, "ref_logprobs", plan(samples, budget, device, unit), how, log)
-    return plan(samples, budget, device, unit)
+        give_logprobs(setting, setting.reference, "ref_logprobs", samples, how, log, unit)
+    return setting.plan(samples, unit)
 
 
 def give_logprobs(
-    model: PackedModel, name: str, micro_batches: list[MicroBatch], how: Forward, log: MetricsLogger
+    setting: Setting,
+    model: PackedModel,
+    name: str,
+    samples: list[Sample],
+    how: Forward,
+    log: MetricsLogger | None = None,
+    unit: int = 1,
 ) -> None:
     """Attach the model's log-probs to the samples, over the very micro-batches that will be trained."""
     plain = Forward(how.temperature, (), how.autocast)
-    with log.timing("old_log_prob" if name == "old_logprobs" else "ref"):
-        for micro in micro_batches:
-            attach(micro, name, score(model, micro, plain).logprobs)
+    micros = setting.plan(samples, unit)
+    timing = contextlib.nullcontext() if log is None else log.timing(TIMED[name])
+    with timing:
+        for micro in micros:
+            attach(micro, name, scored(setting, model, micro, plain, unit).logprobs)
+        exchange(samples, micros, [name], setting.world)
+
+
+TIMED = {"old_logprobs": "old_log_prob", "ref_logprobs": "ref", "teacher_logprobs": "ref"}
 
 
 @torch.no_grad()
 def teacher_of(model: PackedModel, micro: MicroBatch, words: int) -> Teacher:
     """The model as the other head of a divergence: hidden states of the trained rows, and what its architecture makes
     logits of the first `words` words with."""
-    hidden, head, law = model(micro.input_ids, micro.cu_seqlens, rows=micro.rows), model.head, model.head.transform
-    bias = None if head.bias is None else head.bias[:words]
-    return Teacher(hidden.to(head.weight.dtype), head.weight[:words], bias, law.scale * law.before, law.softcap)
+    if isinstance(model, AdapterReference):
+        with model.active() as start:
+            return teacher_of(start, micro, words)
+    hidden = model(micro.input_ids, micro.cu_seqlens, rows=micro.rows, own_rows=True)
+    law = model.head.transform
+    form = linear_form(model.head, hidden if law.before == 1.0 else hidden * law.before, read=full)
+    bias = None if form.bias is None else form.bias[:words]
+    return Teacher(form.hidden, form.weight[:words], bias, law.scale, law.softcap)
 
 
 # -- rows of a dataset -> samples or prompts -------------------------------------------------------------------------

@@ -17,16 +17,18 @@ from fastrl.data import Rows, encode_sft
 from fastrl.data.tokenize import Limits
 from fastrl.data.types import DataError, Sample
 from fastrl.models import PackedModel, load_reference, load_tokenizer
+from fastrl.models.ulysses import split_sequences
 from fastrl.objective import Objective
 from fastrl.ops.distill import Teacher
-from fastrl.rollout import Sampler, Sampling, TransformersSampler
+from fastrl.rollout import Sampler, Sampling, TransformersSampler, seed_of
 from fastrl.train.config import DistillConfig
 from fastrl.train.configs.distill import SAMPLED
+from fastrl.train.exchange import shared_sampler
 from fastrl.train.flags import ConfigError
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import DatasetStage, Setting, give_logprobs, limits_of, noted, teacher_of
 from fastrl.train.stages.grpo_metrics import completion_metrics
-from fastrl.train.step import Forward, MicroBatch, plan
+from fastrl.train.step import Forward, MicroBatch
 
 WITH_OLD = ("iw_opd", "minillm")  # read whole sequences of the sampling policy's log-probs
 
@@ -61,7 +63,9 @@ class DistillStage(DatasetStage):
         self.sampling = Sampling(config.max_new_tokens, config.temperature)
         models = {"student": setting.model, "teacher": teacher}
         self.writers: dict[str, Sampler] = {
-            n: TransformersSampler(m.model, setting.tokenizer) for n, m in models.items() if config.samples
+            n: shared_sampler(TransformersSampler(m.model, setting.tokenizer), m, setting)
+            for n, m in models.items()
+            if config.samples
         }
 
     # -- the teacher's part ------------------------------------------------------------------------------------------
@@ -71,13 +75,12 @@ class DistillStage(DatasetStage):
     def prepare(self, samples: list[Sample], log: MetricsLogger) -> list[MicroBatch]:
         """Pack; the sampled-token losses get both models' log-probs of the tokens first."""
         samples = [Sample(s.input_ids, s.prompt_length, s.completion_mask, dict(s.fields)) for s in samples]
-        budget, device = self.config.max_tokens_per_device, self.setting.device
         models = {"teacher_logprobs": self.teacher} if self.sampled else {}
         if self.sampled and self.config.loss_type in WITH_OLD:
             models["old_logprobs"] = self.setting.model
         for name, model in models.items():
-            give_logprobs(model, name, plan(samples, budget, device), self.how, log)
-        return plan(samples, budget, device)
+            give_logprobs(self.setting, model, name, samples, self.how, log)
+        return self.setting.plan(samples)
 
     # -- texts -------------------------------------------------------------------------------------------------------
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
@@ -97,7 +100,8 @@ class DistillStage(DatasetStage):
         """The same prompts with completions that the writer samples."""
         prompts = [s.input_ids[: s.prompt_length] for s in samples]
         with log.timing("gen"), self.how.context(self.setting.device):
-            made = [c for [c] in self.writers[writer].generate(prompts, self.sampling)]
+            seed = seed_of(self.config.seed, self.taken)  # of these draws, on every rank
+            made = [c for [c] in self.writers[writer].generate(prompts, self.sampling, 1, seed)]
         log.add_mean(completion_metrics(made, self.config.max_new_tokens))
         return [Sample.from_parts(p, c.ids) for p, c in zip(prompts, made, strict=True)]
 
@@ -138,6 +142,7 @@ def load_teacher(setting: Setting) -> PackedModel:
         path, "auto" if kind == "auto" else getattr(torch, kind), config.attn_implementation, revision=revision,
         tokenizer=setting.tokenizer,
     ).to(setting.device)  # fmt: skip
+    split_sequences(teacher, setting.world.sequence_group)
     words, known = setting.model.head.out_features, teacher.head.out_features
     if known < words:
         raise ConfigError(

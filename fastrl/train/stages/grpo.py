@@ -12,21 +12,23 @@ from fastrl.advantages import estimate, group_normalised
 from fastrl.data import Rows, encode_prompts
 from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import DataError, Prompt, Sample
+from fastrl.losses.regression import A2PO, optimal_value
 from fastrl.models import PackedModel
 from fastrl.objective import LossOutput
 from fastrl.ops.distill import Teacher
 from fastrl.rewards import load_rewards
-from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler
+from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler, seed_of
 from fastrl.train.configs.grpo import named_values
 from fastrl.train.configs.online import OnlineConfig
 from fastrl.train.control import AdaptiveEntropy
+from fastrl.train.exchange import SharedScorer, shared_sampler
 from fastrl.train.flags import ConfigError
 from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import Setting, give_logprobs, noted, teacher_of
 from fastrl.train.stages.grpo_metrics import completion_metrics, known_values, mismatch_metrics, reward_metrics
 from fastrl.train.stages.grpo_objective import objective_of, policy_of, reads_rollout, with_entropy
-from fastrl.train.step import Forward, MicroBatch, plan
+from fastrl.train.step import Forward, MicroBatch
 
 READ_REWARDS = ("a2po", "vapo")  # losses that read the rewards themselves
 
@@ -61,7 +63,7 @@ class GRPOStage:
         self.pending: list[list[Sample]] = []  # optimizer steps sampled and not yet trained
         self.entropy = entropy_controller(config)
         self.entropy_seen: list[Tensor] = []  # of the micro-batches of the last step
-        self.blind = False  # whether that step had no trained token, and so no entropy
+        self.unsettled = False  # whether a step was trained whose entropy the controller has not heard of
 
     def watch(self, out: LossOutput, log: MetricsLogger) -> None:
         """After each micro-batch's backward."""
@@ -78,23 +80,25 @@ class GRPOStage:
 
     def settle_entropy(self) -> None:
         """Tell the controller of the step that was trained last, once."""
-        if self.entropy_seen and not self.blind:
-            self.entropy.update(float(torch.stack(self.entropy_seen).sum()))
-        self.entropy_seen = []
+        if self.unsettled:  # every rank asks, also one that trained nothing
+            mine = float(torch.stack(self.entropy_seen).sum()) if self.entropy_seen else 0.0
+            self.entropy.update(self.setting.world.sums({"entropy": mine})["entropy"])
+        self.entropy_seen, self.unsettled = [], False
 
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
         self.follow_entropy(log)
         if not self.pending:
             self.pending = self.roll_out(log)
         step = self.pending.pop(0)
-        self.blind = not any(s.num_trained for s in step)
-        return plan(step, self.config.max_tokens_per_device, self.setting.device)
+        self.unsettled = self.entropy is not None and any(s.num_trained for s in step)
+        return self.setting.plan(step)
 
     def roll_out(self, log: MetricsLogger) -> list[list[Sample]]:
         """Prompts -> completions -> rewards -> advantages: the samples of each optimizer step until the next call."""
+        seed = seed_of(self.config.seed, self.order.epoch, self.order.offset)  # of these draws, on every rank
         prompts = [self.prompts[i] for i in self.order.take(self.prompts_at_once)]
         with log.timing("gen"), self.how.context(self.setting.device):
-            made = self.sampler.generate([p.ids for p in prompts], self.sampling, self.config.num_generations)
+            made = self.sampler.generate([p.ids for p in prompts], self.sampling, self.config.num_generations, seed)
         samples, scores = self.score(prompts, made, log)
         log.add_mean(completion_metrics([c for group in made for c in group], self.config.max_completion_length))
         size = self.config.batch_size
@@ -110,6 +114,10 @@ class GRPOStage:
             sample.fields["advantage"] = advantage
             if getattr(self.config, "loss_type", None) in READ_REWARDS:
                 sample.fields["reward"] = reward
+        if isinstance(policy_of(self.objective), A2PO):  # of whole groups, wherever the step is cut
+            best = optimal_value(scores.total, groups, policy_of(self.objective).beta1)
+            for sample, value in zip(samples, best.tolist(), strict=True):
+                sample.fields["optimal_value"] = value
         return [step for _ in range(self.config.num_iterations) for step in steps]
 
     def make_objective(self):
@@ -158,8 +166,7 @@ class GRPOStage:
         """What the policies of `scored_by` say of the samples. A loss whose ratio is to the sampler takes the model's
         own log-probs where the sampler gave none; a correction, which would then weigh by 1, refuses."""
         for name, model in self.scored_by().items():
-            micros = plan(samples, self.config.max_tokens_per_device, self.setting.device)
-            give_logprobs(model, name, micros, self.how, log)
+            give_logprobs(self.setting, model, name, samples, self.how, log)
         means, maxima = mismatch_metrics(samples)
         log.add_mean(means)
         log.add_max(maxima)
@@ -192,7 +199,8 @@ class GRPOStage:
         sampling, n = Sampling(config.max_completion_length, temperature), config.num_generations_eval
         with log.timing("eval"):
             with self.how.context(self.setting.device):
-                made = self.sampler.generate([p.ids for p in self.held_out], sampling, n, seed=config.seed)
+                seed = seed_of(config.seed, "held out")
+                made = self.sampler.generate([p.ids for p in self.held_out], sampling, n, seed)
             samples, scores = self.score(self.held_out, made, log)
         groups = torch.tensor([s.fields["group_id"] for s in samples])
         _, std = group_normalised(scores.total, groups)
@@ -262,6 +270,7 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str], ki
             return []
         return noted(notes, split, encode_prompts(rows, setting.tokenizer, longest, config.max_dropped_fraction))
 
-    sampler = TransformersSampler(setting.model.model, setting.tokenizer)
+    sampler = shared_sampler(TransformersSampler(setting.model.model, setting.tokenizer), setting.model, setting)
     scorer = load_rewards(config.reward_funcs, config.reward_weights, setting.tokenizer, opener(setting))
+    scorer = SharedScorer(scorer, setting.world)
     return kind(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)

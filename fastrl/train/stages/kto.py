@@ -10,7 +10,7 @@ from fastrl.data.types import Sample
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import Setting, give_logprobs, limits_of, noted
 from fastrl.train.stages.reference import ReferenceStage
-from fastrl.train.step import MicroBatch, plan
+from fastrl.train.step import MicroBatch
 
 
 class KTOStage(ReferenceStage):
@@ -44,9 +44,8 @@ class KTOStage(ReferenceStage):
             return [math.nan] * len(samples)
         setting, longest = self.setting, limits_of(self.setting.config, self.setting.model).longest
         others = [mismatched(a, b, longest) for a, b in zip(samples, samples[-1:] + samples[:-1], strict=True)]
-        micros = plan(others, setting.config.max_tokens_per_device, setting.device)
-        give_logprobs(setting.model, "old_logprobs", micros, self.how, log)
-        give_logprobs(setting.reference, "ref_logprobs", micros, self.how, log)
+        give_logprobs(setting, setting.model, "old_logprobs", others, self.how, log)
+        give_logprobs(setting, setting.reference, "ref_logprobs", others, self.how, log)
         return [
             math.fsum(s.fields["old_logprobs"]) - math.fsum(s.fields["ref_logprobs"]) if s.num_trained else math.nan
             for s in others

@@ -17,15 +17,18 @@ from fastrl.data.sampler import IndexSampler
 from fastrl.data.types import DataError, Prompt, Sample
 from fastrl.models import load_causal_lm
 from fastrl.models.actor_critic import CRITIC, ActorCritic
+from fastrl.models.load import base_of
 from fastrl.models.score import load_reward_model
 from fastrl.rewards import Scores, load_rewards
-from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler
+from fastrl.rollout import Completion, Sampler, Sampling, TransformersSampler, seed_of
+from fastrl.train.budget import in_parts
 from fastrl.train.config import PPOConfig
+from fastrl.train.exchange import SharedScorer, shared_sampler
 from fastrl.train.judges import opener
 from fastrl.train.metrics import MetricsLogger
 from fastrl.train.stages.base import Setting, give_logprobs, noted
 from fastrl.train.stages.grpo_metrics import completion_metrics, known_values
-from fastrl.train.step import Forward, MicroBatch, attach, plan
+from fastrl.train.step import Forward, MicroBatch, attach, exchange
 
 
 class PPOStage:
@@ -48,13 +51,14 @@ class PPOStage:
     def collect(self, log: MetricsLogger) -> list[MicroBatch]:
         if not self.pending:
             self.pending = self.roll_out(log)
-        return plan(self.pending.pop(0), self.config.max_tokens_per_device, self.setting.device)
+        return self.setting.plan(self.pending.pop(0))
 
     def roll_out(self, log: MetricsLogger) -> list[list[Sample]]:
         """Prompts -> completions -> rewards -> advantages and returns: the samples of each optimizer step to come."""
+        seed = seed_of(self.config.seed, self.order.epoch, self.order.offset)  # of these draws, on every rank
         prompts = [self.prompts[i] for i in self.order.take(self.config.completions_per_generation)]
         with log.timing("gen"), self.how.context(self.setting.device):
-            made = [group[0] for group in self.sampler.generate([p.ids for p in prompts], self.sampling, 1)]
+            made = [group[0] for group in self.sampler.generate([p.ids for p in prompts], self.sampling, 1, seed)]
         scores, total = self.score(prompts, made, log)
         samples = [sample_of(p, c, r) for p, c, r in zip(prompts, made, total.tolist(), strict=True)]
         size = self.config.batch_size
@@ -64,8 +68,9 @@ class PPOStage:
         self.give_advantages(samples, total, log)
         log.add_mean(completion_metrics(made, self.config.max_completion_length))
         log.add_mean(known_values(reward_means(scores)))
+        generator = torch.Generator().manual_seed(seed_of(seed, "passes"))
         for _ in range(1, self.config.num_ppo_epochs):
-            order = torch.randperm(len(samples)).tolist()
+            order = torch.randperm(len(samples), generator=generator).tolist()
             steps += [[samples[i] for i in order[a : a + size]] for a in range(0, len(samples), size)]
         return steps
 
@@ -85,18 +90,22 @@ class PPOStage:
     def give_statistics(self, samples: list[Sample], log: MetricsLogger) -> None:
         """Old and reference log-probs and values, one number a trained token; the value after the last one, if cut."""
         setting, model = self.setting, self.setting.model
-        micros = plan(samples, self.config.max_tokens_per_device, setting.device)
-        give_logprobs(model.actor, "old_logprobs", micros, self.how, log)
+        give_logprobs(setting, model.actor, "old_logprobs", samples, self.how, log)
         if setting.reference is not None:
-            give_logprobs(setting.reference, "ref_logprobs", micros, self.how, log)
+            give_logprobs(setting, setting.reference, "ref_logprobs", samples, self.how, log)
+        micros = setting.plan(samples)
         with log.timing("values"):
             for micro in micros:
-                with self.how.context(setting.device):
-                    values = model.critic.values(micro.input_ids, micro.cu_seqlens)
-                attach(micro, "old_values", values[micro.rows])
-                ends = values[micro.cu_seqlens[1:].long() - 1].tolist()
-                for sample, value in zip(micro.samples, ends, strict=True):
-                    sample.fields["value_after"] = value
+                in_parts(setting, self.give_values, micro)
+            exchange(samples, micros, ["old_values", "value_after"], setting.world)
+
+    @torch.no_grad()
+    def give_values(self, micro: MicroBatch) -> None:
+        with self.how.context(self.setting.device):
+            values = self.setting.model.critic.values(micro.input_ids, micro.cu_seqlens)
+        attach(micro, "old_values", values[micro.rows])
+        for sample, value in zip(micro.samples, values[micro.ends].tolist(), strict=not micro.empty):
+            sample.fields["value_after"] = value
 
     def give_advantages(self, samples: list[Sample], total: Tensor, log: MetricsLogger) -> None:
         """Token rewards (the KL inside), GAE, whitening: over everything sampled at once, so no cut shows in it."""
@@ -138,7 +147,8 @@ class PPOStage:
         sampling = Sampling(config.max_completion_length, temperature)
         with log.timing("eval"):
             with self.how.context(self.setting.device):
-                made = self.sampler.generate([p.ids for p in self.held_out], sampling, 1, seed=config.seed)
+                seed = seed_of(config.seed, "held out")
+                made = self.sampler.generate([p.ids for p in self.held_out], sampling, 1, seed)
             made = [group[0] for group in made]
             scores, total = self.score(self.held_out, made, log)
         values = reward_means(scores) | completion_metrics(made, config.max_completion_length)
@@ -211,8 +221,11 @@ def load_model(config: PPOConfig, path: str, options: dict[str, Any]) -> ActorCr
     beside = Path(path) / CRITIC
     asked = config.value_model_path if path == config.model_name_or_path else None
     saved = str(beside) if beside.is_dir() else None
-    start = asked or saved or config.value_model_path or config.reward_model_path or path
-    critic = load_reward_model(start, **{**options, "revision": options["revision"] if start == path else "main"})
+    base = base_of(path)  # of a policy that is adapters
+    own, revision = (path, options["revision"]) if base is None else base
+    start = asked or saved or config.value_model_path or config.reward_model_path or own
+    how = {**options, "revision": revision if start == own else "main", "quantisation": None}  # it is trained whole
+    critic = load_reward_model(start, **how)
     rows, words = critic.model.get_input_embeddings().weight.shape[0], len(options["tokenizer"])
     if words > rows:
         raise ValueError(f"the tokenizer has {words} tokens but the critic of {start} only {rows} rows for them")
@@ -237,6 +250,7 @@ def build(setting: Setting, train: Rows, test: Rows | None, notes: list[str]) ->
             return []
         return noted(notes, split, encode_prompts(rows, setting.tokenizer, longest, config.max_dropped_fraction))
 
-    sampler = TransformersSampler(setting.model.model, setting.tokenizer)
+    sampler = shared_sampler(TransformersSampler(setting.model.model, setting.tokenizer), setting.model.actor, setting)
     scorer = load_rewards(config.rewards, config.reward_weights, setting.tokenizer, opener(setting))
+    scorer = SharedScorer(scorer, setting.world)
     return PPOStage(setting, encode(train, "train"), encode(test, "test"), sampler, scorer)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 
 import torch
 
 from fastrl.data.types import Sample
 from fastrl.models import PackedModel
 from fastrl.train.metrics import MetricsLogger
-from fastrl.train.stages.base import DatasetStage, Setting
-from fastrl.train.step import Forward, MicroBatch, attach, plan, score
+from fastrl.train.parallel import reshard
+from fastrl.train.stages.base import DatasetStage, Setting, give_logprobs
+from fastrl.train.step import Forward, MicroBatch
 
 
 class ReferenceStage(DatasetStage):
@@ -40,12 +41,14 @@ class ReferenceStage(DatasetStage):
 
     def precompute(self) -> None:
         """Attach the reference's log-probs to every sample and let the reference go."""
-        plain = dataclasses.replace(self.how, outputs=())
         for split in (self.items, self.held_out):
             samples = [sample for item in split for sample in item]
-            for micro in plan(samples, self.setting.config.max_tokens_per_device, self.setting.device, self.unit):
-                attach(micro, "ref_logprobs", score(self.setting.reference, micro, plain).logprobs)
+            if samples:
+                give_logprobs(self.setting, self.setting.reference, "ref_logprobs", samples, self.how, unit=self.unit)
         self.setting.reference = None
+        gc.collect()  # sharded modules refer to each other
+        if self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "steps": self.steps, "synced": self.synced}
@@ -58,6 +61,8 @@ class ReferenceStage(DatasetStage):
 @torch.no_grad()
 def mix(reference: PackedModel, policy: PackedModel, alpha: float) -> None:
     """reference <- alpha policy + (1 - alpha) reference, in place."""
+    for model in (reference, policy):
+        reshard(model)
     own = dict(policy.named_parameters())
     for name, x in reference.named_parameters():
         x.lerp_(own[name].detach().to(x.dtype), alpha)

@@ -30,7 +30,7 @@ def objective_of(config: RewardConfig):
 
 def read_here(micro: MicroBatch) -> MicroBatch:
     """The head is read at the marked tokens themselves, where a language model's rows come one token before."""
-    return dataclasses.replace(micro, rows=micro.rows + 1)
+    return dataclasses.replace(micro, rows=micro.here)
 
 
 def with_margins(micro: MicroBatch) -> MicroBatch:
