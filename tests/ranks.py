@@ -32,7 +32,8 @@ def run_ranks(count: int, work: Callable[..., Any], *args: Any) -> None:
             failed = error
         told = sorted(Path(folder).glob("error-*"), key=lambda p: p.stat().st_mtime)
         if told:
-            raise AssertionError(f"{told[0].name.replace('error-', 'rank ')}:\n{told[0].read_text()}")
+            last = [f"{p.name.replace('error-', 'rank ')}: {p.read_text().splitlines()[-1]}" for p in told]
+            raise AssertionError("\n".join([told[0].read_text(), *last, str(failed)]))
         if failed is not None:
             raise AssertionError(f"a rank died: {failed}")
 

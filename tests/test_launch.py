@@ -79,7 +79,7 @@ def test_slurm_is_understood():
     told = {n: env[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     assert told == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n007",
-        "MASTER_PORT": "43456",
+        "MASTER_PORT": "23456",
     }  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def test_switches_and_fit(model_dir):
     trials = tried(whole)
     assert [t.saves for t in trials] == sorted((t.saves for t in trials), reverse=True)
     flags = [t.flags for t in trials]
-    assert any("gradient_checkpointing" in f for f in flags) and {"num_processes": 2} in flags
+    assert any("gradient_checkpointing" in f for f in flags)
     tight = dataclasses.replace(whole, device=cpu(0.97 * whole.estimate().total / 2**30))
     found = fit(tight)
     assert found.flags, found
