@@ -88,12 +88,24 @@ def whole(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None
     tops = [top for top in roots(model) if isinstance(top, FSDPModule)]
     for top in tops:
         top.set_reshard_after_forward(False)
-        device = next(top.parameters()).device
-        with torch.no_grad():  # FSDP takes for its root what runs first: that must not be a layer
-            top(torch.zeros(1, dtype=torch.long, device=device), torch.tensor([0, 1], dtype=torch.int32))
+        one_token(top)  # FSDP takes for its root what runs first: that must not be a layer
     for part in parts:
         part.unshard()
     yield
     for part in parts:
         part.set_reshard_after_forward(reshard_after_forward and part not in tops, recurse=False)
         part.reshard()
+    # FSDP fetches weights in the order of the last forward, and each rank has run as many as its prompts took: from the
+    # next one on all must have seen the same, or they wait for each other in different places.
+    for top in tops:
+        if hasattr(top, "reset_iter_state"):  # torch 2.13
+            top.reset_iter_state()
+        else:
+            one_token(top)
+
+
+@torch.no_grad()
+def one_token(top: nn.Module) -> None:
+    """A forward that every rank runs."""
+    device = next(top.parameters()).device
+    top(torch.zeros(1, dtype=torch.long, device=device), torch.tensor([0, 1], dtype=torch.int32))
