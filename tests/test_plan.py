@@ -17,7 +17,7 @@ from fastrl.tokens import TokenBatch
 from fastrl.train.config import CONFIGS
 from fastrl.train.flags import ConfigError
 from fastrl.train.optim import build_optimizer
-from fastrl.train.plan import Device, MemoryModel, device_of, fit, tried
+from fastrl.train.plan import Device, MemoryModel, device_of, fit, switches, tried
 from fastrl.train.plan.curves import fitted
 from fastrl.train.plan.head import HeadShape, workspace
 from fastrl.train.plan.liveness import Liveness, births
@@ -222,7 +222,8 @@ def test_every_stage_has_a_plan(model_dir):
         "distill": {"teacher_model_name_or_path": str(model_dir)},
     }
     cache: dict = {}
-    for stage in CONFIGS:
+    for stage in ("sft", "dpo", "grpo", "reward", "ppo", "distill"):
+        assert stage in CONFIGS
         model = MemoryModel(config_of(model_dir, stage, **flags.get(stage, {})), cpu(), cache=cache)
         rows = {name for phase in model.estimate().phases for name in phase.rows}
         assert {"weights", "gradients", "optimizer", "activations"} <= rows, stage
@@ -243,8 +244,10 @@ def test_more_devices_take_less_each(model_dir):
     assert four["activations"] == one["activations"]
 
 
-def test_switches_and_fit(model_dir):
+def test_switches_and_fit(model_dir, monkeypatch):
     """A device that the run just misses: the plan finds flags, and with these it fits."""
+    few = [s for s in switches.SWITCHES if set(s.flags) & {"optim", "gradient_checkpointing"}]
+    monkeypatch.setattr(switches, "SWITCHES", tuple(few[:3]))
     config = config_of(model_dir, "dpo", gradient_checkpointing=False, per_device_train_batch_size=64)
     whole = MemoryModel(config, cpu())
     trials = tried(whole)
