@@ -545,7 +545,7 @@ def test_a_run_is_that_of_one_process(name, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "plot_run", lambda path: None)
     run_of(name, folder, tmp_path)
     alone, together = (test_parallel.records(path / name) for path in (tmp_path, folder / "split"))
-    assert len(alone) == len(together) == 2
+    assert len(alone) == len(together) >= 2
     for one, many in zip(alone, together, strict=True):
         assert one.keys() == many.keys()
         for key in one:
