@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import common
-from trainer_vs_trl import HEADS, LENGTHS, MODEL, TRAINING, LoadedModel, make_model, make_rows, write_rows
+from trainer_vs_trl import (
+    HEADS,
+    LENGTHS,
+    MODEL,
+    TRAINING,
+    LoadedModel,
+    make_model,
+    make_rows,
+    record_losses,
+    write_rows,
+)  # fmt: skip
 
 KINDS = ("sft", "dpo", "kto", "grpo", "rloo")
 SAMPLED = dict(num_generations=8, max_completion_length=64, beta=0.0)
@@ -109,18 +119,6 @@ def wrap_generate(trainer, sampling: list[float]) -> None:
         return made
 
     trainer._generate = generate
-
-
-def record_losses(trainer) -> list[float]:
-    losses, original = [], trainer.compute_loss
-
-    def compute_loss(*args, **kwargs):
-        made = original(*args, **kwargs)
-        losses.append((made[0] if isinstance(made, tuple) else made).item())
-        return made
-
-    trainer.compute_loss = compute_loss  # its own log rounds
-    return losses
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

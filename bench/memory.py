@@ -21,7 +21,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def give_completions(length: int) -> None:
 def run_trl(stage: str, length: int, work: Path, steps: int, liger: bool = False) -> tuple[list[float], list[float]]:
     import trl
     from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
 
     kind = stage.upper()
     cache = tempfile.mkdtemp(dir=work)
@@ -122,33 +121,18 @@ def run_trl(stage: str, length: int, work: Path, steps: int, liger: bool = False
         options |= dict(num_generations=SEQUENCES["grpo"], max_completion_length=length - length // 2, beta=0.0)
         more["reward_funcs"] = lambda completions, **_: [0.0] * len(completions)
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []
-
-        def on_step_begin(self, *args, **kwargs):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            self.seconds.append(time.perf_counter() - self.began)
-
+    clock = base.step_clock()
     model = str(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = getattr(trl, f"{kind}Config")(**options)
     trainer = getattr(trl, f"{kind}Trainer")(
-        model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock], **more
+        model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[clock], **more
     )
     if stage == "grpo":
         trainer._generate_and_score_completions = lambda inputs: given(tokenizer, inputs, length)
-    losses, original = [], trainer.compute_loss
-
-    def compute_loss(*args, **kwargs):
-        out = original(*args, **kwargs)
-        losses.append((out[0] if isinstance(out, tuple) else out).item())
-        return out
-
-    trainer.compute_loss = compute_loss  # its own log rounds
+    losses = base.record_losses(trainer)
     trainer.train()
-    return Clock.seconds, losses
+    return clock.seconds, losses
 
 
 def given(tokenizer, inputs: list[dict], length: int) -> dict[str, Any]:

@@ -133,11 +133,41 @@ def run_fastrl(stage: str, work: Path, steps: int) -> tuple[list[float], list[fl
     return [r["timing_s/step"] for r in records], [r["loss"] for r in records]
 
 
+def step_clock():
+    """A callback for transformers' trainers: `seconds` of each optimizer step, data loading not counted."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            self.seconds.append(time.perf_counter() - self.began)
+
+    return Clock()
+
+
+def record_losses(trainer) -> list[float]:
+    """Filled with every loss that the trainer computes; its own log rounds them."""
+    losses, original = [], trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        made = original(*args, **kwargs)
+        losses.append((made[0] if isinstance(made, tuple) else made).item())
+        return made
+
+    trainer.compute_loss = compute_loss
+    return losses
+
+
 def run_trl(stage: str, work: Path, steps: int) -> tuple[list[float], list[float]]:
     """(seconds, loss) of every step."""
     import trl
     from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
 
     kind = {"sft": "SFT", "dpo": "DPO"}[stage]
     cache = tempfile.mkdtemp(dir=work)
@@ -147,29 +177,14 @@ def run_trl(stage: str, work: Path, steps: int) -> tuple[list[float], list[float
     same = dict(max_steps=steps, use_cpu=True, bf16=False, train_sampling_strategy="sequential")
     config = getattr(trl, f"{kind}Config")(**TRAINING, **same, **quiet, model_init_kwargs={"dtype": "float32"})
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []
-
-        def on_step_begin(self, *args, **kwargs):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            self.seconds.append(time.perf_counter() - self.began)
-
+    clock = step_clock()
     model = str(work / "model")
     trainer = getattr(trl, f"{kind}Trainer")(
-        model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Clock]
+        model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model), callbacks=[clock]
     )
-    losses, original = [], trainer.compute_loss
-
-    def compute_loss(*args, **kwargs):
-        out = original(*args, **kwargs)
-        losses.append((out[0] if isinstance(out, tuple) else out).item())
-        return out
-
-    trainer.compute_loss = compute_loss  # its own log rounds
+    losses = record_losses(trainer)
     trainer.train()
-    return Clock.seconds, losses
+    return clock.seconds, losses
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from fastrl.models.low_precision import Float32
 from fastrl.models.quantised import quantised_parameters
+from fastrl.models.tiled_mlp import decoder_layers
 from fastrl.train.flags import ConfigError
 from fastrl.train.launch import STORE
 
@@ -119,35 +120,8 @@ class World:
                 out[name] = out.get(name, 0.0) + value
         return out
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            self.gather(None)
-
-    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """sqrt(sum of squares) of whole gradients of which this rank may hold a part; 0-dim, in float32 at least."""
-        gradients = list(gradients)
-        parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
-        total = _square_sum([g for g in gradients if not isinstance(g, DTensor)])
-        shared = _square_sum(parts)
-        if parts:
-            dist.all_reduce(shared, group=gradients_group(gradients))
-        return (total.to(shared.device) + shared).sqrt()
-
 
 ALONE = World()
-
-
-def gradients_group(gradients: list[Tensor]) -> dist.ProcessGroup:
-    """The ranks over which the gradients are split: the last dimension of their mesh."""
-    mesh = next(g.device_mesh for g in gradients if isinstance(g, DTensor))
-    return mesh.get_group(mesh.ndim - 1)
-
-
-def _square_sum(tensors: list[Tensor]) -> Tensor:
-    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors]
-    if not norms:
-        return torch.zeros(())
-    return torch.stack([n.to(norms[0].device) for n in norms]).square().sum()
 
 
 # -- joining -----------------------------------------------------------------------------------------------------------
@@ -222,7 +196,7 @@ def shard(model: nn.Module, world: World, options: ShardOptions) -> nn.Module:
     for root in roots(model):
         for module in [m for m in root.modules() if isinstance(m, Float32)]:  # its weights are used as they are
             fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy()})
-        for module in [*layers(root), *own_groups(root)]:
+        for module in [*decoder_layers(root), *own_groups(root)]:
             fully_shard(module, **how, reshard_after_forward=options.reshard_after_forward)
         fully_shard(root, **how)
         for module in root.modules():
@@ -234,20 +208,16 @@ def shard(model: nn.Module, world: World, options: ShardOptions) -> nn.Module:
 
 def sharding_mesh(world: World) -> DeviceMesh:
     """[replicate, shard x sequence], or [shard x sequence] where nothing is replicated."""
-    flat = world.mesh["shard", "sequence"]._flatten("fsdp")
-    return flat if world.mesh.size(0) == 1 else world.mesh["replicate", "fsdp"]
+    flat = init_device_mesh(
+        world.device.type, (world.size // world.shards, world.shards), mesh_dim_names=("replicate", "fsdp")
+    )
+    return flat["fsdp"] if world.shards == world.size else flat
 
 
 def roots(model: nn.Module) -> list[nn.Module]:
     """The modules whose forward is called from outside: the model, or the actor and the critic in it."""
     parts = [m for m in (getattr(model, "actor", None), getattr(model, "critic", None)) if m is not None]
     return parts or [model]
-
-
-def layers(root: nn.Module) -> list[nn.Module]:
-    """What transformers does not split between devices: the decoder layers."""
-    names = {n for m in root.modules() for n in (getattr(m, "_no_split_modules", None) or ())}
-    return [m for m in root.modules() if type(m).__name__ in names]
 
 
 def own_groups(root: nn.Module) -> list[nn.Module]:
