@@ -53,6 +53,8 @@ def test_every_field_has_help_and_parses_its_own_default(cls):
         again = parse(cls, [*ARGV, *extra, f"--{f.name}", *words])
         assert getattr(again, f.name) == value, f.name
     assert help_text(cls).count("\n      ") == len(dataclasses.fields(cls))
+    assert help_text(cls).startswith("  --model_name_or_path")
+    assert help_text(cls).index("\noptimizer:") < help_text(cls).index("--learning_rate")
 
 
 def test_defaults_agree_with_trl():

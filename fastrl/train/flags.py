@@ -254,13 +254,20 @@ def _known(cls: type, name: str, shown: str, hints: dict[str, str]) -> None:
 
 
 def help_text(cls: type) -> str:
-    """Every flag of a stage with its type, default, choices and meaning."""
-    lines = []
+    """Every flag of a stage with its type, default, choices and meaning, those of one matter together."""
+    groups: dict[str, list[str]] = {"": []}  # flags of no group of their own come first
     for f in dataclasses.fields(cls):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         kind = "|".join(map(str, f.metadata["choices"])) if "choices" in f.metadata else type_name(_shown(cls, f.name))
-        lines.append(f"  --{f.name} {kind}  [{_plain(default)}]\n      {f.metadata['help']}")
-    return "\n".join(lines)
+        line = f"  --{f.name} {kind}  [{_plain(default)}]\n      {f.metadata['help']}"
+        groups.setdefault(_group(cls, f.name), []).append(line)
+    return "\n".join("\n".join([f"\n{title}:" if title else "", *lines]) for title, lines in groups.items()).strip("\n")
+
+
+def _group(cls: type, name: str) -> str:
+    """The title of the class that has the flag first, however its default changed since."""
+    first = next(c for c in reversed(cls.__mro__) if name in c.__dict__.get("__annotations__", {}))
+    return first.__dict__.get("title", "")
 
 
 def _shown(cls: type, name: str) -> tuple[type, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastrl.train.flags import ConfigError, flag
 
@@ -13,6 +14,8 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 @dataclass(kw_only=True)
 class ActivationFlags:
     """Less memory for more time, and the other way round."""
+
+    title: ClassVar[str] = "activations and precision of the layers"
 
     gradient_checkpointing: bool = flag(True, "Recompute each layer in the backward pass: less memory, more time.")
     gradient_checkpointing_policy: str = flag(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastrl.train.flags import ConfigError, flag
 
@@ -25,6 +26,8 @@ READ_WITH = {
 @dataclass(kw_only=True)
 class AdapterFlags:
     """LoRA and its kin; the base stays frozen and is also the reference."""
+
+    title: ClassVar[str] = "adapters and quantised weights"
 
     use_peft: bool = flag(False, "Train adapters on the frozen model.")
     lora_r: int = flag(16, "Rank.", at_least=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastrl.train.flags import ConfigError, flag
 
@@ -17,6 +18,8 @@ BF16_UPDATES = ("none", "stochastic", "kahan")
 @dataclass(kw_only=True)
 class OptimizerFlags:
     """Names and defaults are transformers'."""
+
+    title: ClassVar[str] = "optimizer"
 
     optim: str = flag(
         "adamw_torch",

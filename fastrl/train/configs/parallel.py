@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastrl.train.flags import ConfigError, flag
 
@@ -12,6 +13,8 @@ SHARDING = ("full", "hybrid", "none")
 @dataclass(kw_only=True)
 class ParallelFlags:
     """Sharding (FSDP2) and sequence parallelism. On one process none of them does anything."""
+
+    title: ClassVar[str] = "several devices"
 
     num_processes: int | None = flag(
         None, "Processes to start on this machine; none: one a visible GPU, one on the CPU.", at_least=1
