@@ -3,7 +3,7 @@
 `fastrl/kernels` is a tracked symlink to `kernels/` without an `__init__.py`: a top-level importable `kernels` would
 hide the PyPI package of that name, which transformers looks for. Listed by name it lands in wheels as real files.
 
-`fastrl/_rows` is csrc/ compiled: a plain C library that is loaded with ctypes. It is optional: where it does not
+`fastrl/_native` is csrc/ compiled: a plain C library that is loaded with ctypes. It is optional: where it does not
 compile, a warning is printed and everything runs without it.
 """
 
@@ -32,17 +32,17 @@ PACKAGES = [
 ]
 
 # No -fopenmp at link time: the library takes the OpenMP that torch has brought into the process.
-ROWS = Extension(
-    "fastrl._rows",
-    sources=["csrc/rows.cpp"],
-    depends=["csrc/rows.h", "csrc/rows_isa.h", "csrc/vector.h"],
+NATIVE = Extension(
+    "fastrl._native",
+    sources=["csrc/native.cpp"],
+    depends=["csrc/gemm.h", "csrc/gemm_isa.h", "csrc/rows.h", "csrc/rows_isa.h", "csrc/vector.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-Wno-psabi", "-fopenmp"],
     optional=True,
 )
 
 
-class BuildRows(build_ext):
+class BuildNative(build_ext):
     """Without OpenMP where the compiler has none: one thread is better than none."""
 
     def build_extension(self, ext):
@@ -59,6 +59,6 @@ if __name__ == "__main__":
         packages=PACKAGES,
         package_data={"fastrl": ["**/*.jsonl"]},
         include_package_data=False,
-        ext_modules=[ROWS],
-        cmdclass={"build_ext": BuildRows},
+        ext_modules=[NATIVE],
+        cmdclass={"build_ext": BuildNative},
     )

@@ -149,11 +149,11 @@ def drop_in(record: Record, source: str) -> str:
 
 def memory(record: Record, source: str) -> str:
     """The sweep over lengths, and what is asked of the step."""
-    rows = []
+    rows, failed = [], {}
     for point in record["points"]:
         for name, row in point["contenders"].items():
             if "not_run" in row:
-                rows.append([point["stage"], f"{point['length']:,}", NAMES.get(name, name), row["not_run"], ""])
+                failed.setdefault((name, row["not_run"]), []).append(f"{point['stage']} at {point['length']:,}")
                 continue
             peak, speed = mib(row["peak_over_model_mib"]), f"{row['tokens_per_s']:,.0f} tokens/s"
             rows.append([point["stage"], f"{point['length']:,}", NAMES.get(name, name), peak, speed])
@@ -167,7 +167,64 @@ def memory(record: Record, source: str) -> str:
         parts.append(table(["the step", "asked", "measured", ""], asked_rows))
     if rows:
         parts.append(table(["stage", "tokens of a sequence", "", "peak over the loaded model", "speed"], rows))
+    for (name, why), points in failed.items():
+        where_ = "at every point" if len(points) == len(record["points"]) else ", ".join(points)
+        parts.append(f"{NAMES.get(name, name)} did not run, {where_}: `{why}`")
     return "\n\n".join(parts)
+
+
+def shared_prompts(record: Record, source: str) -> str:
+    """A GRPO update with one copy of each prompt, against a copy for every completion."""
+    peaks, rows = record["peak_mib"], []
+    for part in ("body", "update"):
+        row = record[part]
+        times = [f"{row[name]['median_s']:.2f} s" for name in ("unshared", "shared")]
+        verdict = "holds" if row["holds"] else "missed"
+        rows.append([part, *times, f"{row['speedup']:.2f}x", f">= {row['asked']:g}x", verdict])
+    rows.append(["peak of the update", mib(peaks["unshared"]), mib(peaks["shared"]), "", "", ""])
+    title = (
+        f"**Shared prompts.** {record['completions']} completions of {record['completion_tokens']} tokens to each of "
+        f"{record['prompts']} prompts of {record['prompt_tokens']}, fp32; the largest difference of a log-prob is "
+        f"{record['largest_differences']['logprobs']:.0e}."
+    )
+    header = ["GRPO update", "a copy each", "one copy", "", "asked", ""]
+    return f"{title} {made_by(record, source)}\n\n{table(header, rows)}"
+
+
+def short_of_memory(found: Found) -> str:
+    """What is asked of the trainer's memory and speed, in a few lines for the README."""
+    rows, made = [], {}
+    verdicts = {True: "holds", False: "missed", None: ""}
+    for source, record in found:
+        if record["bench"] == "memory" and full(record):
+            rows += [[x["line"], x["asked"], f"{x['measured']:g}", verdicts[x["held"]]] for x in record["lines"]]
+        elif record["bench"] == "shared_prompts":
+            for part in ("body", "update"):
+                line = f"GRPO {part}, 8 completions share a prompt of 400 tokens: times faster"
+                row = record[part]
+                rows.append([line, f">= {row['asked']:g}", f"{row['speedup']:g}", verdicts[row["holds"]]])
+        elif record["bench"] == "plan_check" and full(record):
+            worst = max(abs(case["error"]) for case in record["cases"])
+            line = f"`fastrl plan` against the measured peak, worst of {len(record['cases'])} runs"
+            limit = record["limit"]
+            rows.append([line, f"<= {limit:.0%}", f"{worst:.1%}", verdicts[worst <= limit]])
+        else:
+            continue
+        made.setdefault(where(record), []).append(made_by(record, source))
+    if not rows:
+        return ""
+    below = [f"{', '.join(all_made)}<br><sub>{place}</sub>" for place, all_made in made.items()]
+    return "\n\n".join([table(["a step of the trainer, on the CPU", "asked", "measured", ""], rows), *below])
+
+
+def gemms(record: Record, source: str) -> str:
+    """The native product beside torch's."""
+    rows = []
+    for row in record["rows"]:
+        shape = f"[{row['m']}, {row['k']}] [{row['k']}, {row['n']}]"
+        both = [f"{row[who]['gflops']:.0f} GFLOP/s" for who in ("torch", "own")]
+        rows.append([row["product"], shape, *both, f"{row['speedup']:.2f}x"])
+    return f"{made_by(record, source)}\n\n{table(['product', 'shape', 'torch', 'native', ''], rows)}"
 
 
 def plan_check(record: Record, source: str) -> str:
@@ -257,15 +314,17 @@ def measured_only(kinds: dict[str, Callable[[Record, str], str]]) -> Callable[[F
 PAGES: dict[str, dict[str, Callable[[Found], str]]] = {
     "README.md": {
         "quickstart": each({"quickstart": quickstart}),
+        "short": short_of_memory,
         "holds": holds,
         "pictures": pictures,
         "bench": each({"head": head, "trainer_vs_trl": trainer, "exactness": exactness}),
         "drop_in": each({"drop_in": drop_in}),
     },
     "docs/benchmarks.md": {"cases": every_case, "losses": each({"losses": loss_costs})},
+    "docs/kernels.md": {"gemm": measured_only({"gemm": gemms})},
     "docs/memory.md": {
         "plan": measured_only({"plan_check": plan_check}),
-        "sweep": measured_only({"memory": memory}),
+        "sweep": measured_only({"memory": memory, "shared_prompts": shared_prompts}),
         "context": measured_only({"long_context": long_context}),
     },
 }

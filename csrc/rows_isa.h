@@ -1,6 +1,5 @@
-// The two loops over a tile, for one instruction set. Included by rows.cpp with LANES and its namespace set.
-
-#include "vector.h"
+// The two loops over a tile, for one instruction set. Included by native.cpp with LANES and its
+// namespace set, after vector.h.
 
 // What is done to raw logits: nothing; bias, scale and temperature; and softcap as well.
 enum Transform { PLAIN, AFFINE, CAPPED };

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrl.ops import custom
+from fastrl.ops import custom, rows_native
 
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
 EVERY_STAT = (*DIFFERENTIABLE, "log_sum_sq_probs", "is_argmax")
@@ -141,6 +141,22 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.macs, self.largest, self.peak, self.live = 0, 0, 0, {}
+        self.gemm, self.entered = rows_native.gemm, 0  # torch sees nothing of the native product
+
+    def __enter__(self):
+        self.entered += 1
+        rows_native.gemm = self._native
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.entered -= 1
+        if not self.entered:
+            rows_native.gemm = self.gemm
+        return super().__exit__(*error)
+
+    def _native(self, a: Tensor, b: Tensor, *rest, **more) -> Tensor:
+        self.macs += a.numel() * b.shape[-1]
+        return self.gemm(a, b, *rest, **more)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

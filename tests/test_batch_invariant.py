@@ -7,7 +7,7 @@ import torch
 from oracle import EVERY_STAT, assert_as_accurate, plain_statistics, problem
 
 from fastrl import linear_logprobs
-from fastrl.ops import triton_backend, walk
+from fastrl.ops import rows_native, triton_backend, walk
 
 N = 200
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,14 +62,17 @@ def test_a_row_is_the_same_bits_anywhere(backend, dtype):
 
 
 @pytest.mark.parametrize("shape", [(16, 37), (64, 2048), (257, 2100), (100, 4099)], ids=str)
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_many_shapes(backend, shape):
+@pytest.mark.parametrize(("backend", "own"), [("native", True), ("native", False), ("torch", False)])
+def test_many_shapes(backend, own, shape, monkeypatch):
+    monkeypatch.setattr(rows_native, "own_gemm", lambda: own)
     p = make(torch.float32, h=shape[0], v=shape[1])
     assert differing(backend, p, (1, 2, 17, 65), strategy="two_pass") == []
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_workspace_strategy_and_ignored_rows_change_no_bit(backend):
+@pytest.mark.parametrize("own", [True, False])
+def test_workspace_strategy_and_ignored_rows_change_no_bit(backend, own, monkeypatch):
+    monkeypatch.setattr(rows_native, "own_gemm", lambda: own)
     p = make(torch.float32)
     rows = torch.arange(N)
     want = run(p, rows, backend, strategy="two_pass")
@@ -138,6 +141,7 @@ def splits_by_rows(patch):
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("plant", [unpadded, default_mode], ids=lambda f: f.__name__)
 def test_mutants_of_the_walk_are_seen(plant, backend, monkeypatch):
+    monkeypatch.setattr(rows_native, "own_gemm", lambda: False)  # whose bits depend on no shape, in any mode
     plant(monkeypatch)
     assert differing(backend, make(torch.float32), (1, 2, 17), strategy="two_pass")
 

@@ -231,7 +231,7 @@ def test_the_wheel_holds_everything_as_real_files(copy, tmp_path):
     expected = [p for p in (copy / "fastrl").rglob("*") if p.suffix in (".py", ".jsonl")]
     expected = {p.relative_to(copy).as_posix(): p.read_bytes() for p in expected if "kernels" not in p.parts}
     expected |= {f"fastrl/kernels/{p.name}": p.read_bytes() for p in (copy / "kernels").glob("*.py")}
-    compiled = [name for name in held if name.startswith("fastrl/_rows") and name.endswith(".so")]
+    compiled = [name for name in held if name.startswith("fastrl/_native") and name.endswith(".so")]
     assert len(compiled) == bool(shutil.which("g++"))
     assert {name: data for name, data in held.items() if name not in compiled} == expected
     shown = python(WHERE.format(modules=modules()), tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()

@@ -222,9 +222,9 @@ def compiled(folder: Path, file: str, text: str, planted: str) -> Path:
     before = (source / file).read_text()
     assert before.count(text) >= 1, f"{file} no longer holds {text!r}"
     (source / file).write_text(before.replace(text, planted))
-    made = folder / "rows.so"
+    made = folder / "native.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi", "-DFASTRL_BASELINE_ONLY"]
-    subprocess.run(["g++", *flags, "-o", made, source / "rows.cpp"], check=True)
+    subprocess.run(["g++", *flags, "-o", made, source / "native.cpp"], check=True)
     return made
 
 

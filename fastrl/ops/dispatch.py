@@ -128,11 +128,11 @@ def loss_strategy(strategy: str | None) -> str:
 
 
 def workspace(workspace_bytes: int | None, hidden: Tensor, vocabulary: int) -> int:
-    """Bytes of logits that may exist at once: as asked, or 1 GiB on CUDA, 64 MiB on the CPU (127 above 100k words)."""
+    """Bytes of logits that may exist at once: as asked, or 1 GiB on CUDA, 64 MiB on the CPU (118 above 100k words)."""
     if workspace_bytes is not None:
         if not workspace_bytes > 0:
             raise ValueError(f"workspace_bytes must be a positive number of bytes, got {workspace_bytes}")
         return int(workspace_bytes)
     if hidden.device.type == "cpu":
-        return 127 << 20 if vocabulary > 100_000 else _WORKSPACE["cpu"]
+        return 118 << 20 if vocabulary > 100_000 else _WORKSPACE["cpu"]
     return _WORKSPACE.get(hidden.device.type, 256 << 20)

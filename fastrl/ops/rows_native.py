@@ -17,9 +17,14 @@ from fastrl.ops.head import HeadSpec
 from fastrl.ops.rows import Law, State
 
 PITCH = 16  # floats: rows of a tile are readable to the next multiple
-ABI = 1
+PART = 64  # words that are folded together (csrc: WORDS): tiles of a multiple give the same bits, however many they are
+ABI = 2
 ENTROPY, EXTRA = 1, 2
 _FLOATS = ctypes.c_void_p
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("at", _FLOATS), ("row", ctypes.c_int64), ("column", ctypes.c_int64)]
 
 
 class _Head(ctypes.Structure):
@@ -55,7 +60,7 @@ class _Law(ctypes.Structure):
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """(the loaded library or None, its instruction set or why there is none)."""
-    found = sorted(Path(__file__).parent.parent.glob("_rows*.so"))
+    found = sorted(Path(__file__).parent.parent.glob("_native*.so"))
     if not found:
         return None, "not compiled: install from source with a C++ compiler (pip install -e .)"
     try:
@@ -68,13 +73,16 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes the signatures of csrc/rows.h."""
-    head, tile, number = ctypes.POINTER(_Head), ctypes.POINTER(_Tile), ctypes.c_int
+    """Tells ctypes the signatures of csrc/rows.h and csrc/gemm.h."""
+    head, tile, number, wide = ctypes.POINTER(_Head), ctypes.POINTER(_Tile), ctypes.c_int, ctypes.c_int64
     lib.fastrl_isa.restype = ctypes.c_char_p
     lib.fastrl_use_isa.argtypes = [ctypes.c_char_p]
     lib.fastrl_fold.argtypes = [head, tile, ctypes.POINTER(_State), number, number]
     out = (ctypes.c_void_p, ctypes.c_int64)
     lib.fastrl_dlogits.argtypes = [head, tile, ctypes.POINTER(_Law), *out, number]
+    matrix = ctypes.POINTER(_Matrix)
+    lib.fastrl_gemm.argtypes = [wide, wide, wide, matrix, matrix, ctypes.c_void_p, wide, number, number]
+    lib.fastrl_vendor.restype = ctypes.c_char_p
     return lib
 
 
@@ -112,6 +120,29 @@ class Rows:
         if self.lib.fastrl_dlogits(head_c, tile, record, out.data_ptr(), out.stride(0), torch.get_num_threads()):
             raise MemoryError("no memory for the kept columns of a tile of logits")
         del alive
+
+
+def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out [m, n] = a [m, k] @ b [k, n], or += it, fp32, with the kernel of csrc/gemm_isa.h; returns out.
+
+    a and b of any strides, out's rows contiguous. The bits of an element depend on its row of a and its column of b
+    alone, not on m, n or the number of threads.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    left, right = (_Matrix(x.data_ptr(), *x.stride()) for x in (a, b))
+    if library()[0].fastrl_gemm(m, n, k, left, right, out.data_ptr(), out.stride(0), add, torch.get_num_threads()):
+        raise MemoryError("no memory for the copies that a matrix product reads")
+    return out
+
+
+@functools.cache
+def own_gemm() -> bool:
+    """Whether `gemm` takes the place of torch's: where it was measured to be faster, and nowhere else.
+
+    torch's GEMM is MKL, whose AVX2 kernels run below the speed of AMD's cores (bench/gemm.py).
+    """
+    lib = library()[0]
+    return lib is not None and lib.fastrl_isa() == b"avx2" and lib.fastrl_vendor() == b"AuthenticAMD"
 
 
 def _head(head: HeadSpec, bias: Tensor | None, columns: int) -> tuple[_Head, list]:

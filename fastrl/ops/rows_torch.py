@@ -13,6 +13,7 @@ from fastrl.ops.rows import FAR, Law, State, join
 
 BLOCK_ELEMENTS = 1 << 17  # logits per block on the CPU (512 KiB in fp32)
 PITCH = 1  # a row of a tile may have any length
+PART = 1  # and a tile any number of words
 
 
 class Rows:
@@ -110,3 +111,8 @@ def _transform(raw: Tensor, head: HeadSpec, bias: Tensor | None, out: Tensor) ->
 def _tanh(raw: Tensor, head: HeadSpec, bias: Tensor | None, out: Tensor) -> Tensor:
     z = raw if bias is None else torch.add(raw, bias.unsqueeze(1), out=out)
     return torch.mul(z, head.logit_scale / head.softcap, out=out).tanh_()
+
+
+def own_gemm() -> bool:
+    """There is no GEMM here but torch's."""
+    return False

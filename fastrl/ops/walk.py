@@ -27,10 +27,14 @@ from fastrl.ops.rows import Law, State, finish, new_state, row_law
 from fastrl.tokens import TokenStats
 
 CACHE_BYTES = {"cpu": 18 << 20}  # of a tile, its dlogits, its words' W and dW; measured where 32 MiB are shared
+OWN_BYTES = 36 << 20  # the same for our own GEMM, which asks for memory before it needs it
 WIDENED_BYTES = {"cpu": 8 << 20}  # of a half-precision W held in the accumulation dtype at once
 GPU_BYTES = 256 << 20
 LEAST_WORDS = 256  # of a tile
-INVARIANT_ROWS, INVARIANT_WORDS = 64, 2048  # the shape of every GEMM of a batch-invariant forward
+# Of a batch-invariant forward: rows are padded to a multiple of so many, and a GEMM whose bits depend on its shape has
+# this one always.
+INVARIANT_ROWS, INVARIANT_WORDS = 64, 2048
+INVARIANT_MOST = 1 << 14  # rows at once: torch cuts longer vectors among its threads anywhere
 Coefficient = Callable[[int, int, TokenStats], Coefs]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -167,6 +171,7 @@ class Walk:
         # bf16 GEMMs accumulate in fp32 on a GPU. Elsewhere, and for fp16 (whose range the gradients leave), tiles of W
         # are widened one at a time, so that no fp32 copy of W ever exists.
         self.narrow = hidden.dtype == torch.bfloat16 and device != "cpu"
+        self.own = device == "cpu" and self.acc == torch.float32 and rows.own_gemm()
         tile = min(3 << 20 if device == "cpu" else GPU_BYTES, max(workspace // 16, 1))
         self.vocabulary = v if plan.shard is None else plan.shard.vocabulary
         self.offset = 0 if plan.shard is None else plan.shard.offset
@@ -174,10 +179,13 @@ class Walk:
         self.capacity = self._columns((workspace - 2 * tile) // (size * max(widest, 1)))
         # Rows that a backward takes together: as many as leave a tile 512 words.
         self.width = self._columns(max(16, workspace // 8 // (size * min(512, max(widest, 1)))))
+        self.fixed = plan.invariant and not self.own
         if plan.invariant:
-            self.capacity = self.width = INVARIANT_ROWS
+            most = INVARIANT_ROWS if self.fixed else INVARIANT_MOST
+            self.capacity, self.width = (min(most, max(INVARIANT_ROWS, x)) for x in (self.capacity, self.width))
+            self.capacity = self.capacity // INVARIANT_ROWS * INVARIANT_ROWS
         self.tile_elements = max(2 * tile, 1) // size
-        self.cached = CACHE_BYTES.get(device, 8 * GPU_BYTES) // (2 * size)
+        self.cached = (OWN_BYTES if self.own else CACHE_BYTES.get(device, 8 * GPU_BYTES)) // (2 * size)
         self.widened = WIDENED_BYTES.get(device, GPU_BYTES) // (size * max(1, hidden.shape[1]))
         self.buffer: Tensor | None = None
         self.room: Tensor | None = None
@@ -193,14 +201,16 @@ class Walk:
     def tiles(self, columns: int) -> Iterator[tuple[int, int]]:
         """Word ranges whose logits of that many tokens are a tile."""
         v = self.head.weight.shape[0]
-        if self.plan.invariant:
+        if self.fixed:
             return spans(v, INVARIANT_WORDS)
         words = min(self.cached // (columns + self.hidden.shape[1] + 1), self.tile_elements // max(1, columns))
         words = max(LEAST_WORDS, words)
         if self.hidden.dtype != self.acc and not self.narrow:
             words = min(words, max(1, self.widened))
+        part = self.rows.PART if words >= self.rows.PART else 1
+        words = words // part * part
         count = max(1, -(-v // words))
-        return spans(v, -(-v // count))
+        return spans(v, -(-v // (count * part)) * part)
 
     def weight(self, a: int, b: int) -> Tensor:
         w = self.head.weight[a:b]
@@ -214,6 +224,8 @@ class Walk:
 
     def mm(self, a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> Tensor:
         """out (+)= a @ b in the accumulation dtype."""
+        if self.own:
+            return self.rows.gemm(a, b, out, beta == 1)
         if not self.narrow:
             return torch.mm(a, b, out=out) if beta == 0 else out.addmm_(a, b)
         a, b = a.to(self.hidden.dtype), b.to(self.hidden.dtype)
@@ -239,7 +251,7 @@ class Walk:
     def reserve(self, columns: int) -> Tensor:
         """[V, columns] of the buffer. Rows keep the pitch of the widest call, so that a later piece's logits of a tile
         lie where those of an earlier piece did."""
-        columns = INVARIANT_ROWS if self.plan.invariant else columns
+        columns = columns + -columns % INVARIANT_ROWS if self.plan.invariant else columns
         v, pitch = self.head.weight.shape[0], self.pitch(columns)
         if self.buffer is None or self.buffer.shape[1] < pitch:
             self.buffer = None
@@ -404,9 +416,9 @@ class Gradients:
 
 
 def _padded(head: HeadSpec, targets: Tensor, hidden: Tensor) -> tuple[HeadSpec, Tensor, Tensor]:
-    """The rows and as many of zeros as make INVARIANT_ROWS, in one layout: GEMMs, and what follows them in vectors with
-    another code for what is left over, then treat a row alike wherever it stands."""
-    more = INVARIANT_ROWS - hidden.shape[0]
+    """The rows and zeros up to a multiple of INVARIANT_ROWS, in one layout: GEMMs, and what follows them in
+    vectors with another code for what is left over, then treat a row alike wherever it stands."""
+    more = -hidden.shape[0] % INVARIANT_ROWS
     if isinstance(head.temperature, Tensor):
         temperature = torch.nn.functional.pad(head.temperature, (0, more), value=1.0)
         head = dataclasses.replace(head, temperature=temperature)
