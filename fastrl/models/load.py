@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fastrl.models.attention import NAMES, UnsupportedModelError
 from fastrl.models.check import check_parity, pack_model
+from fastrl.models.outline import believed, fact
 from fastrl.models.packed import PackedModel
-from fastrl.models.quantised import settle
+from fastrl.models.quantised import quantised_parameters, settle
 
 # The packed one (None), or one of transformers' own by name. A hub path here would fetch a kernel, which is code.
 ATTENTION = (*NAMES.values(), "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -42,9 +44,7 @@ def load_causal_lm(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if attn_implementation is not None and attn_implementation not in ATTENTION:
-        known = ", ".join(ATTENTION)
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {known}")
+    packs = is_packed(attn_implementation)
     if (base := base_of(path)) is not None:
         how = {"revision": base.revision, "tokenizer": tokenizer, "quantisation": quantisation}
         return with_adapters(load_causal_lm(base.path, dtype, attn_implementation, **how), path)
@@ -52,32 +52,84 @@ def load_causal_lm(
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(f"{path} is a {config.model_type!r} model, no causal LM that transformers knows")
-    ours = attn_implementation is None or attn_implementation in NAMES.values()
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=revision,
-        dtype=torch.float32 if dtype is None else dtype,
-        attn_implementation=None if ours else attn_implementation,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **(quantisation or {}),
-    )
-    if quantisation:
-        settle(model)
-    refuse_incomplete(path, found)
+    how = {"dtype": dtype, "attn_implementation": attn_implementation, "quantisation": quantisation}
+    model = read_model(AutoModelForCausalLM, path, revision=revision, **how)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model, path)
-    if ours or attn_implementation.startswith("flash_attention"):
+    if packs:
         return pack_model(model)
     packed = PackedModel(model)
-    check_parity(packed)
+    believed(packed, lambda: check_parity(packed))
     return packed
 
 
 def load_reference(path: str | Path, dtype=None, attn_implementation: str | None = None, **options: Any) -> PackedModel:
     """A frozen copy in eval mode: no gradient, no dropout. Arguments as load_causal_lm."""
     return load_causal_lm(path, dtype, attn_implementation, **options).requires_grad_(False).eval()
+
+
+def is_packed(attn_implementation: str | None) -> bool:
+    """Whether this attention is asked to take several sequences in one call. Raises ValueError for an unknown one."""
+    if attn_implementation is not None and attn_implementation not in ATTENTION:
+        known = ", ".join(ATTENTION)
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {known}")
+    return attn_implementation in (None, *NAMES.values()) or attn_implementation.startswith("flash_attention")
+
+
+def read_model(
+    auto: Any,
+    path: str | Path,
+    *,
+    revision: str,
+    dtype: torch.dtype | str | None,
+    attn_implementation: str | None,
+    quantisation: dict[str, Any] | None,
+    fresh: tuple[str, ...] = (),
+    **changes: Any,
+) -> nn.Module:
+    """transformers' model of class `auto` with every weight that the directory should have.
+
+    fresh: beginnings of names of weights that may be missing and are drawn. changes: of the configuration. Inside
+    `without_weights` the same model on the meta device; one that is kept quantised is read there too.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    attention = {"attn_implementation": None if attn_implementation in NAMES.values() else attn_implementation}
+    options = {"revision": revision, "trust_remote_code": False, **changes}
+    model: nn.Module | None = None
+
+    def read() -> dict[str, Any]:
+        nonlocal model
+        model, found = auto.from_pretrained(
+            path,
+            dtype=torch.float32 if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **attention,
+            **options,
+            **(quantisation or {}),
+        )
+        if quantisation:
+            settle(model)
+        missing = [key for key in found["missing_keys"] if not key.startswith(fresh)]
+        refuse_incomplete(path, {**found, "missing_keys": missing})
+        generation = getattr(model, "generation_config", None)
+        return {
+            "dtype": str(model.config.dtype).removeprefix("torch."),
+            "generation": None if generation is None else json.loads(generation.to_json_string(use_diff=False)),
+            "quantised": bool(quantised_parameters(model)) or getattr(model, "hf_quantizer", None) is not None,
+        }
+
+    told = fact(read)
+    if model is None and told["quantised"]:
+        read()
+    if model is None:
+        config = AutoConfig.from_pretrained(path, **options)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=getattr(torch, told["dtype"]), **attention).eval()
+        if told["generation"] is not None:
+            model.generation_config = GenerationConfig.from_dict(told["generation"])
+    return model
 
 
 class Base(NamedTuple):

@@ -183,6 +183,24 @@ class PackedModel(nn.Module):
         self.notes.append(note)
         warnings.warn(note, stacklevel=4)
 
+    def findings(self) -> dict[str, Any]:
+        """What the checks have made of this model, as JSON."""
+        return {
+            "attention": self.model.config._attn_implementation,
+            "covered": self._covered,
+            "packed": self.packed,
+            "sharing": self._sharing,
+            "notes": list(self.notes),
+        }
+
+    def take_over(self, found: dict[str, Any]) -> None:
+        """Be as the checks have left a model that says this of itself (`findings`)."""
+        if found["attention"] != self.model.config._attn_implementation:
+            register()
+            self.model.set_attn_implementation(found["attention"])
+        self._covered, self.packed, self._sharing = found["covered"], found["packed"], found["sharing"]
+        self.notes = list(found["notes"])
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute each layer in the backward pass (non-reentrant)."""
         if self.model.supports_gradient_checkpointing:

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from fastrl.models.attention import NAMES, UnsupportedModelError
 from fastrl.models.check import AGREES, APART, ON_DEVICE, _groups_tokens, check_sharing, evaluating, row_error
-from fastrl.models.load import ATTENTION, base_of, refuse_foreign_code, refuse_incomplete, with_adapters
+from fastrl.models.load import base_of, is_packed, read_model, refuse_foreign_code, with_adapters
+from fastrl.models.outline import believed
 from fastrl.models.packed import PackedModel
-from fastrl.models.quantised import settle
 from fastrl.models.split import deal
 from fastrl.objective import LossOutput, Objective
 from fastrl.ops.scores import loss_from_scores
@@ -214,9 +214,7 @@ def _load(
 ) -> ScoreModel:
     import transformers
 
-    if attn_implementation is not None and attn_implementation not in ATTENTION:
-        known = ", ".join(ATTENTION)
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected None or one of {known}")
+    packs = is_packed(attn_implementation)
     if (base := base_of(path)) is not None:
         from fastrl.models.adapters import saved_labels
 
@@ -231,31 +229,21 @@ def _load(
     saved = any(str(name).endswith(kind) for name in config.architectures or ())
     if num_labels is None:
         num_labels = config.num_labels if saved else new_labels
-    ours = attn_implementation is None or attn_implementation in NAMES.values()
     if quantisation:  # of token classifiers transformers would quantise the head too
         quantisation["quantization_config"].llm_int8_skip_modules = list(HEADS)
-    model, found = auto.from_pretrained(
+    model = read_model(
+        auto,
         path,
-        num_labels=num_labels,
         revision=revision,
-        dtype=torch.float32 if dtype is None else dtype,
-        attn_implementation=None if ours else attn_implementation,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **(quantisation or {}),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantisation=quantisation,
+        fresh=() if saved else tuple(f"{name}." for name in HEADS),
+        num_labels=num_labels,
     )
-    if quantisation:
-        settle(model)
-    if not saved:
-        heads = tuple(f"{name}." for name in HEADS)
-        found = {**found, "missing_keys": [k for k in found["missing_keys"] if not k.startswith(heads)]}
-    refuse_incomplete(path, found)
     _give_pad_token(model, tokenizer)
     packed = ScoreModel(model)
-    if ours or attn_implementation.startswith("flash_attention"):
-        return pack_score_model(packed)
-    return packed
+    return pack_score_model(packed) if packs else packed
 
 
 def _give_pad_token(model: nn.Module, tokenizer: Any) -> None:
@@ -272,6 +260,11 @@ def pack_score_model(packed: ScoreModel) -> ScoreModel:
 
     A pack that mixes documents falls back to one sequence at a time, with a note. Raises UnsupportedModelError.
     """
+    believed(packed, lambda: _pack(packed))
+    return packed
+
+
+def _pack(packed: ScoreModel) -> None:
     documents = _documents(packed.model)
     with evaluating(packed.model):
         want = [packed.model(ids[None], use_cache=False).logits.flatten(0, -2)[-1] for ids in documents[:2]]
@@ -284,7 +277,6 @@ def pack_score_model(packed: ScoreModel) -> ScoreModel:
     if trouble:
         raise UnsupportedModelError(f"{packed.name} cannot be trained here: {trouble}")
     check_sharing(packed, documents[1], documents[3])
-    return packed
 
 
 def _documents(model: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastrl.models.check import AGREES, evaluating, row_error
+from fastrl.models.outline import fact
 
 NAMES = ("mlp", "feed_forward", "ffn", "ff", "mlp_block")  # what transformers calls the module in its layers
 AUTO = -1
@@ -49,7 +50,8 @@ def tile_layers(model: nn.Module, tiles: int) -> list[str]:
         for name, module in _mlps(layer):
             shape = (type(module), tuple((n, p.shape) for n, p in module.named_parameters()))
             if shape not in known:
-                known[shape] = why_not(module, model.config.get_text_config().hidden_size)
+                width = model.config.get_text_config().hidden_size
+                known[shape] = fact(functools.partial(why_not, module, width))
             if known[shape] is None:
                 tile(module, tiles)
                 taken += 1

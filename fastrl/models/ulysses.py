@@ -151,8 +151,8 @@ def _swapped(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def split_sequences(packed: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Let the ranks of `group` share every pack of a PackedModel from here on; None: it stays as it is.
 
-    Every rank of the group has to call it, with the same weights, before these are sharded. The model is believed only
-    if its hidden states on two documents that cross the slices are those of one rank alone.
+    Every rank of the group has to call it, with the same weights; where these are sharded, all that hold a part. The
+    model is believed only if its hidden states on two documents that cross the slices are those of one rank alone.
     Raises UnsupportedModelError, naming what does not fit.
     """
     if group is None or packed.split is not None:
@@ -199,8 +199,8 @@ def _trouble(packed: nn.Module, ranks: Ranks) -> str | None:
         want = packed.hidden(ids, bounds)
         packed.split = ranks
         got = packed.hidden(ids, bounds)
-    dtype = embedding.dtype
-    limit = AGREES[dtype] if ids.device.type == "cpu" else max(AGREES[dtype], ON_DEVICE.get(dtype, 0.0))
+    dtype = want.dtype  # sharded weights may be used in another one than they are kept in
+    limit = AGREES[dtype] if want.device.type == "cpu" else max(AGREES[dtype], ON_DEVICE.get(dtype, 0.0))
     error = row_error(got, want)
     worst = error.max() if dtype in (torch.float32, torch.float64) else error.median()
     if not worst <= limit:

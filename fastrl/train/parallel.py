@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fastrl.models.low_precision import Float32
-from fastrl.models.quantised import quantised_parameters
+from fastrl.models.quantised import is_quantised, quantised_parameters
 from fastrl.models.tiled_mlp import decoder_layers
 from fastrl.train.flags import ConfigError
 from fastrl.train.launch import STORE
@@ -181,7 +181,10 @@ class ShardOptions:
 
 
 def shard(model: nn.Module, world: World, options: ShardOptions) -> nn.Module:
-    """Split the weights of `model` (a PackedModel, ScoreModel, ActorCritic) over the mesh, layer by layer, in place."""
+    """Split the weights of `model` (a PackedModel, ScoreModel, ActorCritic) over the mesh, layer by layer, in place.
+
+    Where a rank was built without weights, each layer comes from rank 0 just before it is split.
+    """
     if world.size == 1:
         return model
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -193,17 +196,57 @@ def shard(model: nn.Module, world: World, options: ShardOptions) -> nn.Module:
     offload = CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy()
     whole = quantised_parameters(model)
     how = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "ignored_params": whole}
+    absent = any(world.gather(any(p.is_meta for p in model.parameters())))
+    done: set[nn.Module] = set()
+
+    def cut(module: nn.Module, **more: Any) -> None:
+        if absent:
+            hand_out(module, world, done)
+        fully_shard(module, **how | more)
+
     for root in roots(model):
         for module in [m for m in root.modules() if isinstance(m, Float32)]:  # its weights are used as they are
-            fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy()})
+            cut(module, mp_policy=MixedPrecisionPolicy())
         for module in [*decoder_layers(root), *own_groups(root)]:
-            fully_shard(module, **how, reshard_after_forward=options.reshard_after_forward)
-        fully_shard(root, **how)
+            cut(module, reshard_after_forward=options.reshard_after_forward)
+        cut(root)
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return model
+
+
+@torch.no_grad()
+def hand_out(module: nn.Module, world: World, done: set[nn.Module]) -> None:
+    """Give every rank the weights and buffers that rank 0 has in `module`, whole, on its own device.
+
+    done: modules that have theirs; those of `module` are added. Quantised weights are left: every rank has read them.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # id of a tensor -> itself, lest another gets its id, and the new one
+    for part in [m for m in module.modules() if m not in done]:
+        done.add(part)
+        for held in (part._parameters, part._buffers):
+            for name, x in held.items():
+                if x is None or is_quantised(x):
+                    continue
+                if id(x) not in made:
+                    made[id(x)] = x, tensor_from_main(x, world)
+                held[name] = made[id(x)][1]
+
+
+def tensor_from_main(x: Tensor, world: World) -> Tensor:
+    """Rank 0's tensor on this rank's device. x: that tensor, which is moved, or one of its shape and dtype."""
+    y = x
+    if not world.is_main:
+        y = torch.empty(x.shape, dtype=x.dtype, device=world.device)
+    elif x.device != world.device:
+        x.data = x.to(world.device)
+    if x.numel():
+        dist.broadcast(y.detach().contiguous().view(-1).view(torch.uint8), src=0)  # bytes: any dtype goes
+    if isinstance(x, nn.Parameter) and not world.is_main:
+        return nn.Parameter(y, x.requires_grad)
+    return y
 
 
 def sharding_mesh(world: World) -> DeviceMesh:

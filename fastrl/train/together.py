@@ -1,4 +1,4 @@
-"""What all ranks do at once: fail together, hold every weight whole for a while, gather the weights on rank 0."""
+"""What all ranks do at once: fail together, load from what rank 0 reads, hold or gather every weight whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from fastrl.models import PackedModel
 from fastrl.models.actor_critic import ActorCritic
+from fastrl.models.attention import UnsupportedModelError
+from fastrl.models.outline import conform, keeping_facts, table, without_weights
 from fastrl.models.save import is_saved
+from fastrl.train.flags import ConfigError
 from fastrl.train.parallel import World, full, roots
 
 Made = TypeVar("Made")
@@ -51,6 +54,34 @@ def on_main(world: World, work: Callable[[], Made], known: tuple[type[Exception]
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
+def loaded(world: World, load: Callable[[], Made]) -> Made:
+    """load() on rank 0; the other ranks build the same model without its weights, which `shard` then hands out.
+
+    load: gives a model; talks to no other rank. What it draws is drawn on rank 0, and random generators of PyTorch's
+    CPU are equal afterwards. A model that is kept quantised is read on every rank.
+
+    Raises on every rank what load() raises on rank 0.
+    """
+    if world.size == 1:
+        return load()
+    known = (ConfigError, UnsupportedModelError, ValueError)
+    with keeping_facts() as facts:
+        model = together(world, lambda: load() if world.is_main else None, known)
+    mine = (facts, table(model), torch.get_rng_state().tolist()) if world.is_main else None
+    facts, tensors, state = world.from_main(mine)
+
+    def follow() -> Made:
+        if world.is_main:
+            return model
+        with without_weights(facts):
+            made = load()
+        conform(made, tensors)
+        torch.set_rng_state(torch.tensor(state, dtype=torch.uint8))
+        return made
+
+    return together(world, follow, known)
+
+
 def gathered(model: PackedModel | ActorCritic, world: World) -> dict[str, Tensor] | None:
     """What `save_pretrained` needs of a model whose weights are split over ranks, in rank 0's CPU memory. Every rank
     has to call it.

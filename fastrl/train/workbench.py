@@ -20,11 +20,11 @@ from fastrl.train.combinations import Facts, check_model
 from fastrl.train.config import TrainConfig
 from fastrl.train.flags import ConfigError
 from fastrl.train.output_dir import Run
-from fastrl.train.parallel import ShardOptions, World, roots, shard
+from fastrl.train.parallel import ShardOptions, World, reshard, roots, shard
 from fastrl.train.stages import distill, dpo, grpo, kto, ppo, prm, reward, rloo, sft
 from fastrl.train.stages.base import Setting, Stage
 from fastrl.train.step import ALONE
-from fastrl.train.together import gathered
+from fastrl.train.together import gathered, loaded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": "auto"}
 REFERENCE = "reference"  # in a checkpoint: a reference model that has moved (sync_ref_model)
@@ -97,9 +97,13 @@ def reference_model(
         return None
     if config.use_peft:
         return adapted.start_of(model)
-    reference = load_reference(reference_of(config, run), **model_options(config), tokenizer=tokenizer)
-    activations.apply(reference, switches_of(config).scoring(), world.device)
-    return placed(reference, config, world, autocast)
+
+    def load() -> PackedModel:
+        reference = load_reference(reference_of(config, run), **model_options(config), tokenizer=tokenizer)
+        activations.apply(reference, switches_of(config).scoring(), world.device)
+        return reference
+
+    return placed(loaded(world, load), config, world, autocast)
 
 
 def reference_of(config: TrainConfig, run: Run) -> str:
@@ -140,10 +144,14 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any, world: World, aut
     options = {**model_options(config), "tokenizer": tokenizer}
     options |= adapted.quantisation_of(config, options["dtype"], world.device)
     loader = LOADERS.get(config.stage)
-    model = load_causal_lm(path, **options) if loader is None else loader(config, path, options)
-    adapted.adapt(model, config, needs_reference(config))
-    activations.apply(model, switches_of(config), world.device)
-    return placed(model, config, world, autocast)
+
+    def load() -> PackedModel:
+        model = load_causal_lm(path, **options) if loader is None else loader(config, path, options)
+        adapted.adapt(model, config, needs_reference(config))
+        activations.apply(model, switches_of(config), world.device)
+        return model
+
+    return placed(loaded(world, load), config, world, autocast)
 
 
 def switches_of(config: TrainConfig) -> activations.Switches:
@@ -162,9 +170,12 @@ def placed(model: PackedModel, config: TrainConfig, world: World, autocast: torc
     """On its device, or split over those of all ranks."""
     if world.size == 1:
         return model.to(world.device)
-    for root in roots(model):
-        split_sequences(root, world.sequence_group)
-    return shard(model, world, ShardOptions(config.reshard_after_forward, config.cpu_offload, autocast))
+    shard(model, world, ShardOptions(config.reshard_after_forward, config.cpu_offload, autocast))
+    if world.sequence_group is not None:
+        for root in roots(model):
+            split_sequences(root, world.sequence_group)
+        reshard(model)
+    return model
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
