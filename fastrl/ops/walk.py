@@ -31,7 +31,6 @@ OWN_BYTES = 36 << 20  # the same for our own GEMM, which asks for memory before 
 WIDENED_BYTES = {"cpu": 8 << 20}  # of a half-precision W held in the accumulation dtype at once
 GPU_BYTES = 256 << 20
 LEAST_WORDS = 256  # of a tile
-ALIGNMENT = 2 << 20  # bytes
 # Of a batch-invariant forward: rows are padded to a multiple of so many, and a GEMM whose bits depend on its shape has
 # this one always.
 INVARIANT_ROWS, INVARIANT_WORDS = 64, 2048
@@ -238,7 +237,7 @@ class Walk:
         """[words, columns] of reused memory with the pitch that the row work asks for; its pads hold anything."""
         pitch = self.pitch(columns)
         if self.room is None or self.room.numel() < words * pitch:
-            self.room = aligned(words * pitch, self.like)
+            self.room = self.like.new_empty(words * pitch)
         return self.room[: words * pitch].view(words, pitch)[:, :columns]
 
     def forward(self, a: int, b: int, targets: Tensor, outputs: tuple) -> tuple[TokenStats, Saved]:
@@ -276,16 +275,6 @@ class Walk:
             rows = slice(0, chosen.shape[0])
         h = self.wide(self.hidden[rows])
         return Source(h, targets[rows], self.head.at_rows(rows), law.at_rows(chosen), rows, logits, keep)
-
-
-def aligned(count: int, like: Tensor) -> Tensor:
-    """[count] new numbers; on the CPU, where they are many, at the beginning of a huge page, small as its pages may be:
-    from elsewhere in the heap the products that read a tile of dlogits took a third longer, call after call."""
-    more = ALIGNMENT // like.element_size()
-    if like.device.type != "cpu" or count < more:
-        return like.new_empty(count)
-    room = like.new_empty(count + more)
-    return room[-room.data_ptr() % ALIGNMENT // like.element_size() :][:count]
 
 
 class Forward:
