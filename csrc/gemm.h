@@ -1,13 +1,13 @@
 // fp32 matrix products on the CPU: plain C interface.
 //
-// Every element of c is one chain of fused multiply-adds over k, cut at fixed places: its bits do not depend on m, on n,
-// on where it stands or on the number of threads.
+// Every element of c is one sum over k, term after term (with fused multiply-adds where the machine has them), cut at
+// places that k alone decides: its bits do not depend on m, on n, on where it stands or on the number of threads.
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-// Element (i, j) is at[i * row + j * column]; one of the two strides is 1.
+// Element (i, j) is at[i * row + j * column].
 struct fastrl_matrix {
   const float *at;
   int64_t row, column;

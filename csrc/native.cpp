@@ -20,8 +20,7 @@ static int omp_get_num_threads() { return 1; }
 
 namespace {
 
-// Memory that the thread keeps from call to call, backed by huge pages where the system has them: small ones lie anywhere,
-// and some of them always meet in the same cache sets.
+// Memory that the thread keeps from call to call, in huge pages where the system has them.
 struct Room {
   void *at = nullptr;
   size_t bytes = 0;

@@ -12,8 +12,8 @@ static inline Vec where(Int mask, Vec a, Vec b) { return mask ? a : b; }
 
 constexpr float LOWEST = -87.3f;
 
-// e^x for LOWEST <= x <= 0, and anything below it; within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r = 1 + r + r^2 p(r), p by least squares on
-// Chebyshev nodes (5e-9). NaN stays NaN.
+// e^x for LOWEST <= x <= 0, and anything below it; within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2,
+// e^r = 1 + r + r^2 p(r), p by least squares on Chebyshev nodes (5e-9). NaN stays NaN.
 static inline Vec exp_in_range(Vec x) {
   const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   Vec shifted = x * 1.44269504f + magic;

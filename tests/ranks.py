@@ -48,3 +48,13 @@ def _rank(rank: int, count: int, folder: str, work: Callable[..., Any], args: tu
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)  # the others may hang in a collective: let the parent end them
     dist.destroy_process_group()
+
+
+def tell(root: Path, name: str, work: Callable[[], Any]) -> None:
+    """In one of the processes: write what work() raised, or "nothing", to root/name-RANK."""
+    try:
+        work()
+        raised = "nothing"
+    except Exception as error:
+        raised = f"{type(error).__name__}: {error}"
+    (root / f"{name}-{os.environ['RANK']}").write_text(raised)

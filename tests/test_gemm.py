@@ -90,7 +90,7 @@ def test_bits_depend_on_the_row_and_the_column_alone(layout, isa):  # noqa: F811
     whole = rows_native.gemm(a, b, torch.empty(203, 75))
     before = torch.get_num_threads()
     try:
-        for threads in (1, 3):
+        for threads in (1, 3, 4):
             torch.set_num_threads(threads)
             for rows, columns in ((slice(1), slice(1)), (slice(9, 110), slice(3, 75)), (slice(202, 203), slice(1, 40))):
                 part = a[rows], b[:, columns]
@@ -130,11 +130,13 @@ def test_it_is_taken_where_it_was_measured_to_be_faster():
     assert rows_native.own_gemm() == want
 
 
-SEVERAL, LONG, TRANSPOSED = (101, 208, 512), (16, 2100, 1031), (208, 64, 4100)
+SEVERAL, LONG, TRANSPOSED, TALL = (101, 208, 512), (16, 2100, 1031), (208, 64, 4100), (1000, 40, 33)
 MUTANTS = {
     "a slab is dropped": ("low < slabs; low += together", "low < slabs - 1; low += together", LONG, "nn"),
     "the last slab takes the place of the others": ("(add || slab)", "(add)", SEVERAL, "nn"),
-    "the last slab of strips does": ("} else if (add || slab) {", "} else if (add) {", TRANSPOSED, "tn"),
+    "the last slab of strips does": ("else if (add || slab)\n", "else if (add)\n", TRANSPOSED, "tn"),
+    "the last slab does where b is copied": ("copy && (add || slab)", "copy && add", TRANSPOSED, "tn"),
+    "a slab of strips is dropped": ("turn < slabs * blocks", "turn < (slabs - 1) * blocks", TRANSPOSED, "tn"),
     "add is forgotten": ("ADD ? load(to) + sum[i][0] : sum[i][0]", "sum[i][0]", (6, 16, 8), "nn"),
     "the last column of a panel is dropped": ("q < most ?", "q < most - 1 ?", (7, 17, 9), "nn"),
     "a row too few is summed": ("p = 0; p < k; p++) {\n    Vec", "p = 1; p < k; p++) {\n    Vec", (6, 16, 8), "nn"),
@@ -143,7 +145,12 @@ MUTANTS = {
     "strips of the first row": ("(r < most ? r : most - 1) * a.row", "0 * a.row", (8, 9, 12), "tn"),
     "one pass over the columns": ("j < n; j += COLUMNS", "j < COLUMNS; j += COLUMNS", (13, 1025, 300), "nn"),
     "half of the copies": ("p < end; p += GROUP_ROWS", "p < end; p += 2 * GROUP_ROWS", SEVERAL, "nn"),
-    "the second block of rows is the first": ("item / cuts * tall", "0 * tall", (1000, 40, 33), "nn"),
+    "half of a strip": ("p < depth; p += GROUP_ROWS", "p < depth; p += 2 * GROUP_ROWS", SEVERAL, "tn"),
+    "half of a panel is left": ("store(panel + p * WIDTH, left);", "", SEVERAL, "tn"),
+    "every panel is the first": ("first * b.row + j * WIDTH * b.column", "first * b.row", SEVERAL, "tn"),
+    "the second block of rows is the first": ("item / cuts * tall", "0 * tall", TALL, "nn"),
+    "the second block of strips is the first": ("(t % blocks) / blocks", "0 / blocks", TALL, "tn"),
+    "no last columns": ("across * (thread % beside + 1) / beside", "j0 + across / beside - 1", SEVERAL, "tn"),
 }  # fmt: skip
 HARMLESS = "a missing row is read"  # rows that are not written may hold anything: the tests must not ask for more
 

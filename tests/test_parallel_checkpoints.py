@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, tell
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -166,16 +166,6 @@ def refused(root: Path) -> None:
         assert result.steps == 3
     with Refusing(workbench, "save_pretrained", 0):
         tell(root, "saver", lambda: run(config_of("sft", root, root / "refused" / "saver", save_strategy="no")))
-
-
-def tell(root: Path, name: str, work) -> None:
-    """Write down what this rank raised."""
-    try:
-        work()
-        raised = "nothing"
-    except Exception as error:
-        raised = f"{type(error).__name__}: {error}"
-    (root / f"{name}-{os.environ['RANK']}").write_text(raised)
 
 
 def stopped(root: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from ranks import run_ranks
+from ranks import run_ranks, tell
 from safetensors.torch import load_file, save_file
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
@@ -167,16 +167,6 @@ WRONG = {  # what rank 0 alone finds out -> options
     "lacking": {"model": "broken"},
     "unknown module": {"fp32_modules": ["no_such_module"]},
 }
-
-
-def tell(root: Path, name: str, work) -> None:
-    """Write down what this rank raised."""
-    try:
-        work()
-        raised = "nothing"
-    except Exception as error:
-        raised = f"{type(error).__name__}: {error}"
-    (root / f"{name}-{os.environ['RANK']}").write_text(raised)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
