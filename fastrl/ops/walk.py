@@ -27,7 +27,7 @@ from fastrl.ops.rows import Law, State, finish, new_state, row_law
 from fastrl.tokens import TokenStats
 
 CACHE_BYTES = {"cpu": 18 << 20}  # of a tile, its dlogits, its words' W and dW; measured where 32 MiB are shared
-OWN_BYTES = 36 << 20  # the same for our own GEMM, which asks for memory before it needs it
+OWN_BYTES = 24 << 20  # the same with our own GEMM
 WIDENED_BYTES = {"cpu": 8 << 20}  # of a half-precision W held in the accumulation dtype at once
 GPU_BYTES = 256 << 20
 LEAST_WORDS = 256  # of a tile
