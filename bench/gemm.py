@@ -5,9 +5,11 @@
 
 fp32, random matrices, both in one process in alternating rounds. A tile of W words meets a chunk of C tokens:
 
-    logits     [W, H] [H, C]      dW      [W, C] [C, H]      dH      [C, W] [W, H]
+    logits     [W, H] [H, C]      dW      += [W, C] [C, H]      dH      [C, W] [W, H]
 
-The errors are relative L2 against float64. `used` says whether the head takes its own product on this machine.
+W, dW and the logits are those of one tile after another, together larger than any cache, as they are in the head; a
+timed call goes through all of them. The errors are relative L2 against float64, of the first tile. `used` says whether
+the head takes its own product on this machine.
 """
 
 from __future__ import annotations
@@ -23,34 +25,44 @@ from fastrl.ops import rows_native
 
 SHAPES = ((4608, 208, 512), (4608, 144, 896), (2304, 512, 256), (2304, 208, 4096))  # words, tokens, hidden
 WHO = ("own", "torch")
+MEMORY = 128 << 20  # bytes of W
 
 
-def products(words: int, tokens: int, hidden: int) -> dict[str, tuple[Tensor, Tensor]]:
+Product = tuple[Tensor, Tensor, Tensor]
+
+
+def products(words: int, tokens: int, hidden: int) -> dict[str, list[Product]]:
+    """Of each product (a, b, out) for every tile."""
     g = torch.Generator().manual_seed(0)
-    made = (torch.randn(shape, generator=g) for shape in ((words, hidden), (tokens, hidden), (words, tokens)))
-    weight, states, dlogits = made
-    return {"logits": (weight, states.t()), "dW": (dlogits, states), "dH": (dlogits.t(), weight)}
+    count = -(-MEMORY // (4 * words * hidden))
+    shapes = ((count, words, hidden), (tokens, hidden), (words, tokens))
+    weight, states, dlogits = (torch.randn(shape, generator=g) for shape in shapes)
+    d_weight, d_hidden, logits = torch.zeros_like(weight), torch.zeros_like(states), torch.zeros(count, words, tokens)
+    return {
+        "logits": [(w, states.t(), z) for w, z in zip(weight, logits, strict=True)],
+        "dW": [(dlogits, states, d_w) for d_w in d_weight],
+        "dH": [(dlogits.t(), w, d_hidden) for w in weight],
+    }
 
 
-def measure(name: str, a: Tensor, b: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    outs = {who: a.new_empty(a.shape[0], b.shape[1]) for who in WHO}
-    flop = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    repeats = max(1, round(args.gflop * 1e9 / flop))
+def measure(name: str, tiles: list[Product], args: argparse.Namespace) -> dict[str, Any]:
+    add = name == "dW"  # the head adds a chunk's dW to that of the chunks before it
 
-    def own() -> None:
-        for _ in range(repeats):
-            rows_native.gemm(a, b, outs["own"])
+    def own(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        return rows_native.gemm(a, b, out, add)
 
-    def library() -> None:
-        for _ in range(repeats):
-            torch.mm(a, b, out=outs["torch"])
+    def library(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
-    seconds = common.alternate({"own": own, "torch": library}, args.rounds, limit=args.quiet or None)
-    truth = a.double() @ b.double()
-    row: dict[str, Any] = {"product": name, "m": a.shape[0], "n": b.shape[1], "k": a.shape[1]}
-    for who, out in outs.items():
-        each = common.summary([s / repeats for s in seconds[who]])
-        error = ((out - truth).norm() / truth.norm()).item()
+    made = dict(zip(WHO, (own, library), strict=True))
+    calls = {who: (lambda one=one: [one(*tile) for tile in tiles]) for who, one in made.items()}
+    seconds = common.alternate(calls, args.rounds, limit=args.quiet or None)
+    a, b, out = tiles[0]
+    flop, truth = 2 * a.shape[0] * a.shape[1] * b.shape[1], a.double() @ b.double()
+    row: dict[str, Any] = {"product": name, "m": a.shape[0], "n": b.shape[1], "k": a.shape[1], "tiles": len(tiles)}
+    for who, one in made.items():
+        each = common.summary([s / len(tiles) for s in seconds[who]])
+        error = ((one(a, b, torch.zeros_like(out)) - truth).norm() / truth.norm()).item()
         row[who] = each | {"gflops": round(flop / each["median_s"] / 1e9, 1), "error": float(f"{error:.2e}")}
     row["speedup"] = round(row["torch"]["median_s"] / row["own"]["median_s"], 3)
     return row
@@ -60,7 +72,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gflop", type=float, default=10.0, help="work of one timed call")
     parser.add_argument("--scale", type=int, default=1, help="words divided by this")
     parser.add_argument("--quiet", type=float, default=0.2, help="time again if others used this many cores; 0: never")
     parser.add_argument("--out", help="another file than bench/results/gemm_cpu.json")
@@ -70,8 +81,8 @@ def main() -> None:
         raise SystemExit(f"there is nothing to measure: {rows_native.library()[1]}")
     rows = []
     for words, tokens, hidden in SHAPES:
-        for name, (a, b) in products(words // args.scale, tokens, hidden).items():
-            row = measure(name, a, b, args)
+        for name, tiles in products(words // args.scale, tokens, hidden).items():
+            row = measure(name, tiles, args)
             rates = (f"{who} {row[who]['gflops']:6.1f} GFLOP/s (error {row[who]['error']:.1e})" for who in WHO)
             shape = f"{row['m']:5d} x {row['n']:5d} x {row['k']:5d}"
             print(f"{name:6s} {shape}", *rates, f"{row['speedup']:.2f}x", sep="  ")
