@@ -26,8 +26,6 @@ from fastrl.ops import rows_native
 SHAPES = ((4608, 208, 512), (4608, 144, 896), (2304, 512, 256), (2304, 208, 4096))  # words, tokens, hidden
 WHO = ("own", "torch")
 MEMORY = 128 << 20  # bytes of W
-
-
 Product = tuple[Tensor, Tensor, Tensor]
 
 
